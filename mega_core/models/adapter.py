@@ -1,0 +1,381 @@
+"""One language model with its parts by name, whatever its architecture: everything above this file is free of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mega_core.errors import BadInput, UnsupportedModel
+from mega_core.models import tokens
+from mega_core.models.arch import spec_of
+from mega_core.models.hooks import ForwardStopped, Site, capture
+from mega_core.models.tokens import TokenBatch
+from mega_core.records import ModelRef
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+class _Block(NamedTuple):
+    block: nn.Module
+    attn: nn.Module
+    attn_out: nn.Module
+    mlp: nn.Module
+    mlp_down: nn.Module
+    attn_norm: nn.Module
+    mlp_norm: nn.Module
+
+
+class ModelAdapter:
+    """A decoder-only model: sizes, parts by name, logits, text. Never changed by what runs here.
+
+    Gradients are the caller's business: parameters don't require them, so a graph exists only where an intervention
+    brings one.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ref: ModelRef, file_digest: str = ""
+    ) -> None:
+        """Finds every part of every block. Raises UnsupportedModel naming a missing one."""
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.ref = ref
+        self.name = ref.name
+        self.file_digest = file_digest
+        """Digest of the files the model was loaded from; part of every key."""
+        self.past = 0
+        """Positions already read: 0, except in generate() after the prompt, where hooks see one new one at a time."""
+        self.capture_limits: list[tuple[int, int] | None] = []
+        """How deep each open capture() must see; kept here so that nested captures know of each other."""
+
+        config: Any = model.config
+        spec = spec_of(config.model_type)
+        if config.model_type == "gpt_neox":
+            spec = replace(spec, parallel=bool(config.use_parallel_residual))
+        self.spec = spec
+        blocks = _find(model, spec.blocks)
+        if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+            raise UnsupportedModel(f"{ref.name}: {spec.blocks!r} is not a list of blocks.", "Choose another model.")
+        paths = (spec.attn, spec.attn_out, spec.mlp, spec.mlp_down, spec.attn_norm, spec.mlp_norm)
+        self._blocks = [_Block(block, *(_find(block, path) for path in paths)) for block in blocks]
+        self.final_norm = _find(model, spec.final_norm)
+        head = model.get_output_embeddings()
+        if head is None:
+            raise UnsupportedModel(f"{ref.name} has no output head.", "Choose a model for text generation.")
+        self.head: nn.Module = head
+
+        self.n_layers = len(self._blocks)
+        self.n_heads = int(config.num_attention_heads)
+        self.n_kv_heads = int(getattr(config, "num_key_value_heads", None) or self.n_heads)
+        self.d_model, attn_width = self.read_weight(0, "attn_out").shape
+        self.d_mlp = self.read_weight(0, "mlp_down").shape[1]
+        self.head_dim = attn_width // self.n_heads
+        self.vocab_size = self.head_weight.shape[0]
+        self.max_positions = int(config.max_position_embeddings)
+        self._hooks_at_load = frozenset(key for key, _ in self._hooks())
+
+    def __repr__(self) -> str:
+        return f"ModelAdapter({self.name}, {self.spec.model_type}, {self.n_layers} layers, d_model {self.d_model})"
+
+    # Parts by name ---------------------------------------------------------------------------------------------------
+
+    def block(self, layer: int) -> nn.Module:
+        """The whole block."""
+        return self._at(layer).block
+
+    def attn(self, layer: int) -> nn.Module:
+        """The attention module; its output is what attention writes to the residual stream."""
+        return self._at(layer).attn
+
+    def attn_out(self, layer: int) -> nn.Module:
+        """The matrix after the heads, W_O."""
+        return self._at(layer).attn_out
+
+    def mlp(self, layer: int) -> nn.Module:
+        """The MLP module; its output is what the MLP writes to the residual stream."""
+        return self._at(layer).mlp
+
+    def mlp_down(self, layer: int) -> nn.Module:
+        """The MLP's last matrix; its input are the neurons."""
+        return self._at(layer).mlp_down
+
+    def attn_norm(self, layer: int) -> nn.Module:
+        """The norm before attention."""
+        return self._at(layer).attn_norm
+
+    def mlp_norm(self, layer: int) -> nn.Module:
+        """The norm before the MLP (in GPT-J the same module as attn_norm)."""
+        return self._at(layer).mlp_norm
+
+    def weight(self, layer: int, site: str) -> nn.Parameter:
+        """The stored matrix of "mlp_down" or "attn_out", in whatever orientation the model keeps it (see conv1d)."""
+        weight = self._matrix(layer, site).weight
+        if not isinstance(weight, nn.Parameter):
+            raise UnsupportedModel(f"{self.name}: {site} of layer {layer} is not a plain matrix.", "Load it in full.")
+        return weight
+
+    def conv1d(self, layer: int, site: str) -> bool:
+        """Whether the matrix is stored (in, out). Decided by module type: a square matrix looks the same both ways."""
+        return type(self._matrix(layer, site)).__name__ == "Conv1D"
+
+    def read_weight(self, layer: int, site: str) -> Float[Tensor, "out in"]:
+        """The matrix as (out, in): a view, so writing into it changes the model."""
+        weight = self.weight(layer, site).detach()
+        return weight.T if self.conv1d(layer, site) else weight
+
+    @property
+    def head_weight(self) -> Float[Tensor, "vocab d_model"]:
+        """The unembedding matrix."""
+        return self.head.weight.detach()  # type: ignore[union-attr,operator,return-value]
+
+    @property
+    def head_bias(self) -> Float[Tensor, " vocab"] | None:
+        """The unembedding bias (GPT-J has one)."""
+        bias = getattr(self.head, "bias", None)
+        return None if bias is None else bias.detach()
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return self.weight(0, "mlp_down").dtype
+
+    # Running ---------------------------------------------------------------------------------------------------------
+
+    def encode(self, prompts: Sequence[str]) -> TokenBatch:
+        """Prompts as a right-padded batch on the model's device."""
+        return tokens.encode(self.tokenizer, prompts, self.device)
+
+    def unembed(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        """Logits of a residual stream: the final norm, then the head."""
+        weight = self.head_weight
+        normed = self.final_norm(h.to(_device_of(self.final_norm), weight.dtype))
+        return self.head(normed.to(weight.device))
+
+    def forward(self, batch: TokenBatch) -> None:
+        """Run the trunk for its hooks. Ends early inside capture(..., stop=True)."""
+        try:
+            self._trunk(batch)
+        except ForwardStopped:
+            return
+
+    def logits(self, batch: TokenBatch) -> Float[Tensor, "batch pos vocab"]:
+        """Logits at every position: batch * pos * vocab numbers; prefer last_logits or logits_at."""
+        return self._to_head(self._whole_trunk(batch))
+
+    def last_logits(self, batch: TokenBatch) -> Float[Tensor, "batch vocab"]:
+        """Logits at each row's last real token."""
+        rows = torch.arange(len(batch), device=batch.ids.device)
+        return self.logits_at(batch, rows, batch.last)
+
+    def logits_at(
+        self, batch: TokenBatch, rows: Int[Tensor, " n"], positions: Int[Tensor, " n"]
+    ) -> Float[Tensor, "n vocab"]:
+        """Logits at chosen (row, position) pairs: the trunk once, the head on those only."""
+        hidden = self._whole_trunk(batch)  # (batch, pos, d_model)
+        return self._to_head(hidden[rows.to(hidden.device), positions.to(hidden.device)])
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int = 24) -> list[str]:
+        """Greedy continuations without their prompts, until end of text or `max_new_tokens`; hooks apply at every step.
+
+        Rows are padded on the right and new tokens get the positions that follow their own row, so a hook that counts
+        positions finds them where forward() has them. `past` tells a hook whether it sees the prompt (0) or a new one.
+        """
+        batch = self.encode(prompts)
+        window = getattr(self.model.config, "sliding_window", None)
+        if len(batch) > 1 and window and batch.ids.shape[1] + max_new_tokens > window:
+            # A sliding window counts the padding between a short prompt and its new tokens; alone there is none.
+            return [text for prompt in prompts for text in self.generate([prompt], max_new_tokens)]
+        self._check_length(batch)
+        room = self.max_positions - batch.ids.shape[1]
+        with torch.no_grad():
+            new = self._greedy(batch, min(max_new_tokens, room))
+        return [tokens.continuation(self.tokenizer, row, ids) for row, ids in zip(batch.rows(), new, strict=True)]
+
+    # Being left as it was --------------------------------------------------------------------------------------------
+
+    def live_digest(self) -> str:
+        """Digest of parameters and buffers as they are now: equal digests mean bit-equal tensors."""
+        total = hashlib.sha256()
+        sums: list[tuple[str, Tensor]] = []
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            label = f"{name} {tuple(tensor.shape)} {tensor.dtype}"
+            if tensor.device.type == "cuda":
+                sums.append((label, bit_sums(tensor.detach())))
+            else:
+                total.update(label.encode())
+                total.update(_bytes_of(tensor.detach()))
+        for label, pair in sums:  # after all kernels are queued: reading each sum at once would wait for it
+            total.update(f"{label} {pair.tolist()}".encode())
+        return total.hexdigest()
+
+    def hook_count(self) -> int:
+        """Hooks that were not there when the model was loaded."""
+        return sum(1 for key, _ in self._hooks() if key not in self._hooks_at_load)
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _at(self, layer: int) -> _Block:
+        if not 0 <= layer < self.n_layers:
+            raise BadInput("layer", f"{self.name} has no layer {layer}.", f"Choose one of 0 to {self.n_layers - 1}.")
+        return self._blocks[layer]
+
+    def _matrix(self, layer: int, site: str) -> nn.Module:
+        if site not in ("mlp_down", "attn_out"):
+            raise BadInput("site", f"there is no matrix {site!r}.", "Choose mlp_down or attn_out.")
+        return self._at(layer).mlp_down if site == "mlp_down" else self._at(layer).attn_out
+
+    def _check_length(self, batch: TokenBatch) -> None:
+        if batch.ids.shape[1] > self.max_positions:
+            raise BadInput(
+                "prompt",
+                f"{batch.ids.shape[1]} tokens, but {self.name} reads at most {self.max_positions}.",
+                "Shorten it.",
+            )
+
+    def _trunk(self, batch: TokenBatch) -> Float[Tensor, "batch pos d_model"]:
+        """Final-normalised states. No mask: padding is on the right, so causality alone keeps it out of real tokens."""
+        self._check_length(batch)
+        return self.model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+
+    def _whole_trunk(self, batch: TokenBatch) -> Float[Tensor, "batch pos d_model"]:
+        try:
+            return self._trunk(batch)
+        except ForwardStopped:
+            raise RuntimeError(
+                "A capture() ended the forward before the logits: use capture(..., stop=False)."
+            ) from None
+
+    def _to_head(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        return self.head(hidden.to(self.head_weight.device))
+
+    def _greedy(self, batch: TokenBatch, steps: int) -> list[list[int]]:
+        from transformers import DynamicCache
+
+        ends = self._end_ids()
+        cache = DynamicCache(config=self.model.config)
+        rows = torch.arange(len(batch), device=batch.ids.device)
+        ids, mask = batch.ids, batch.mask
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        at = batch.last
+        new: list[list[int]] = [[] for _ in rows]
+        going = [True] * len(new)
+        try:
+            for step in range(steps):
+                self.past = 0 if step == 0 else batch.ids.shape[1] + step - 1
+                hidden = self.model.base_model(
+                    input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                ).last_hidden_state
+                best = self._to_head(hidden[rows, at]).argmax(-1)  # (batch,)
+                for row, token in enumerate(best.tolist()):
+                    going[row] = going[row] and token not in ends
+                    if going[row]:
+                        new[row].append(token)
+                if not any(going):
+                    break
+                ids = best[:, None].to(batch.ids.device)
+                positions = (batch.last + 1 + step)[:, None]
+                mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
+                at = torch.zeros_like(batch.last)
+        except ForwardStopped:
+            raise RuntimeError(
+                "A capture() ended the forward: use capture(..., stop=False) around generate()."
+            ) from None
+        finally:
+            self.past = 0
+        return new
+
+    def _end_ids(self) -> frozenset[int]:
+        listed = getattr(self.model.generation_config, "eos_token_id", None)
+        ends = listed if isinstance(listed, list) else [listed]
+        return frozenset(int(i) for i in (*ends, self.tokenizer.eos_token_id) if i is not None)
+
+    def _hooks(self) -> Iterator[tuple[tuple[int, int], Any]]:
+        """((module, hook id), function) of every hook; those transformers keeps for its own outputs don't count."""
+        kinds = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+        for owner in (*self.model.modules(), *self.model.parameters()):
+            for kind in kinds:
+                for key, function in (getattr(owner, kind, None) or {}).items():
+                    if not str(getattr(function, "__module__", "")).startswith("transformers."):
+                        yield (id(owner), key), function
+
+
+def check_parts(lm: ModelAdapter) -> None:
+    """Run three tokens and check that the parts add up as the table says. Raises UnsupportedModel naming the part."""
+    batch = tokens.pack(lm.tokenizer, [[i % lm.vocab_size for i in (1, 2, 3)]], lm.device)
+    first = {part: Site(0, part) for part in ("block_in", "attn", "mlp_down_in", "attn_out_in", "mlp", "block_out")}
+    last = Site(lm.n_layers - 1, "block_out")
+    with torch.no_grad(), capture(lm, [*first.values(), last], stop=False) as got:
+        logits = lm.logits(batch).float()
+    missing = [site.part for site in (*first.values(), last) if site not in got]
+    if missing:
+        raise UnsupportedModel(f"{lm.name}: nothing passes through {', '.join(missing)}.", "Choose another model.")
+    if not torch.isfinite(logits).all():
+        raise UnsupportedModel(f"{lm.name} gives logits that are not finite.", f"Load it as float32, not {lm.dtype}.")
+    part = {name: got[site].float().cpu() for name, site in first.items()}
+    tolerance = {torch.float32: 1e-3, torch.float16: 2e-2}.get(lm.dtype, 5e-2)
+    written, parts = part["block_out"] - part["block_in"], part["attn"] + part["mlp"]
+    # Relative to the stream, not to the update: that is where low precision rounds.
+    if (written - parts).abs().max() > tolerance * part["block_out"].abs().max().clamp_min(1):
+        raise UnsupportedModel(
+            f"{lm.name}: the block's update is not attention plus MLP.", "Its architecture needs a row of its own."
+        )
+    if part["mlp_down_in"].shape[-1] != lm.d_mlp or part["attn_out_in"].shape[-1] != lm.n_heads * lm.head_dim:
+        raise UnsupportedModel(f"{lm.name}: a matrix and its input differ in width.", "Choose another model.")
+    with torch.no_grad():
+        again = lm.unembed(got[last]).float()
+    if (again.cpu() - logits.cpu()).abs().max() > tolerance * logits.abs().max().cpu().clamp_min(1):
+        raise UnsupportedModel(
+            f"{lm.name}: its logits are not head(final norm(last block)).", "Its architecture needs a row of its own."
+        )
+
+
+def bit_sums(tensor: Tensor) -> Int[Tensor, " 2"]:
+    """Two 64-bit sums over the bits of a tensor, computed where it lies; one weighs by position with odd numbers.
+
+    An odd weight is invertible modulo 2**64, so one changed word is always seen; swapped words change the second sum.
+    """
+    flat = tensor.contiguous().view(torch.uint8).flatten() if tensor.ndim else tensor.reshape(1).view(torch.uint8)
+    flat = nn.functional.pad(flat, (0, -flat.numel() % 8)) if flat.numel() % 8 else flat
+    words = flat.view(torch.int64)
+    plain = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    weighted = torch.zeros_like(plain)
+    for start in range(0, words.numel(), _CHUNK):
+        part = words[start : start + _CHUNK]
+        weights = torch.arange(start, start + part.numel(), device=part.device) * _MULTIPLIER | 1
+        plain += part.sum()
+        weighted += (part * weights).sum()
+    return torch.stack((plain, weighted))
+
+
+_CHUNK = 2**24
+_MULTIPLIER = 0x1E3779B97F4A7C15  # spreads the positions over all 64 bits
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8).cpu()
+    return flat.numpy().data
+
+
+def _find(root: nn.Module, path: str) -> Any:
+    try:
+        return attrgetter(path)(root)
+    except AttributeError:
+        raise UnsupportedModel(
+            f"{type(root).__name__} has no part {path!r}.", "Its architecture differs from the table's row."
+        ) from None
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
