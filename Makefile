@@ -1,0 +1,57 @@
+# Every task of the project. `make` lists them. All of them need Python 3.11 or newer with its venv module.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+STREAMLIT_SERVER_PORT ?= 8501
+STREAMLIT_SERVER_ADDRESS ?= 127.0.0.1
+export STREAMLIT_SERVER_PORT STREAMLIT_SERVER_ADDRESS
+
+.DEFAULT_GOAL := help
+.PHONY: help app test check format bench clean
+
+help: ## list the tasks
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+app: $(VENV)/.runtime ## run the dashboard on http://127.0.0.1:8501 (STREAMLIT_SERVER_PORT changes the port)
+	$(BIN)/python -m streamlit run app.py --server.headless true
+
+test: $(VENV)/.dev ## run every test; those that drive a browser run when chromium is installed
+	@if command -v chromium >/dev/null 2>&1; then \
+		$(BIN)/python -m pytest $(PYTEST_ARGS); \
+	else \
+		echo "chromium is not installed: the tests that drive a browser are left out."; \
+		$(BIN)/python -m pytest -m "not e2e" $(PYTEST_ARGS); \
+	fi
+
+check: $(VENV)/.dev ## format, lint, types and the fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -m "not slow and not e2e" $(PYTEST_ARGS)
+
+format: $(VENV)/.dev ## rewrite the files the way `make check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev ## measure speed and promises (BENCH_ARGS="--json FILE --only NAME")
+	$(BIN)/python -m bench $(BENCH_ARGS)
+
+clean: ## remove caches of the tools and the virtual environment; results in cache/ stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps make a second call start at once: nothing is installed again until a requirements file changes.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.runtime: requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt requirements.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@ $(VENV)/.runtime

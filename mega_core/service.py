@@ -1,0 +1,772 @@
+"""What pages and the command line may call. Plain frozen values in and out; torch enters in worker threads only.
+
+A question's way through here:
+1. `plan` checks everything a person typed and spells every parameter out: an Inspection, or an error they can act on.
+2. `digest` is its key. `cached` answers from the store or the shipped examples without a model.
+3. `submit` queues it. A worker thread leases the model and runs the pipeline; only once the model is back and found
+   clean does the report enter the store and the notebook.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+import sys
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from math import prod
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Protocol
+
+import mega_core.methods  # noqa: F401 - fills METHODS
+from mega_core import __version__
+from mega_core.attribution import VIEWS
+from mega_core.embedded import examples as shipped
+from mega_core.embedded import facts as known
+from mega_core.embedded.examples import Example
+from mega_core.errors import (
+    ActionableError,
+    BadInput,
+    Busy,
+    OutOfMemory,
+    StoreError,
+    UnsupportedMethod,
+    UnsupportedModel,
+)
+from mega_core.events import Reporter, silent, stage
+from mega_core.jobs import CANCELLED, Jobs, JobView, Limits
+from mega_core.keys import digest as digest_of
+from mega_core.methods.base import METHODS, Knob, Method
+from mega_core.models.arch import ArchSpec, spec_of
+from mega_core.notebook import Entry, Note, Notebook, NotebookHealth, Run, Verdict
+from mega_core.records import (
+    MAX_TEMPLATE,
+    EditRequest,
+    Inspection,
+    ModelRef,
+    Report,
+    Scalar,
+    clean_text,
+)
+from mega_core.settings import ModelEntry, Settings, weights_digest
+from mega_core.store import Store, StoreHealth
+from mega_core.summary import outcome
+
+if TYPE_CHECKING:
+    from mega_core.models.pool import ModelPool
+
+log = logging.getLogger(__name__)
+
+TOP_TOKENS = 10
+ANSWER_TOKENS = 24
+KEPT_ANSWERS = 256
+KEPT_TIMINGS = 20
+
+PROMISES = (
+    "The base model is bit-identical after every run; each report shows the digests that prove it.",
+    "Nobody sees another session's unfinished work.",
+    "A result is stored whole or not at all.",
+    "No code from models, stored results or links is executed.",
+    "The pages make no request to another host; the text you type stays on this machine.",
+    "The same question, seed and device give the same numbers.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One model of the catalogue as forms show it."""
+
+    name: str
+    title: str
+    embedded: bool
+    available: bool
+    reason: str
+    """Why it isn't available; empty when it is."""
+    how: str
+    """What to do to make it available; empty when it is."""
+    parameters: int
+    """0 when unknown."""
+    memory_gb: float
+    licence: str
+    dtype: str
+    device: str
+    architecture: str
+
+
+@dataclass(frozen=True, slots=True)
+class MethodInfo:
+    """One method as the picker shows it for a model."""
+
+    name: str
+    title: str
+    summary: str
+    family: str
+    paper: str
+    unsupported: str | None
+    """Why it can't edit this model, or None."""
+    knobs: tuple[Knob, ...]
+    """Its parameters, each with this model's default."""
+    seconds_estimate: float | None
+    """Mean of earlier runs here, else scaled from the shipped examples, else None."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a model says after a prompt, unedited."""
+
+    model: str
+    prompt: str
+    continuation: str
+    tokens: tuple[tuple[str, float], ...]
+    """The most likely next tokens with their probabilities, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """A model as it is now, to hold against an earlier reading."""
+
+    digest: str
+    """Of the live parameters."""
+    hooks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """How the app is doing."""
+
+    version: str
+    device: str
+    torch_ready: bool
+    models_loaded: tuple[str, ...]
+    running: int
+    """Questions being worked on."""
+    waiting: int
+    max_waiting: int
+    store: StoreHealth
+    notebook: NotebookHealth
+    notices: tuple[str, ...]
+    """What works only in part, one sentence each; empty when all is well."""
+    promises: tuple[str, ...] = PROMISES
+
+
+class Pool(Protocol):
+    """The part of ModelPool this file uses."""
+
+    def lease(self, ref: ModelRef, report: Reporter = silent, timeout_s: float | None = None) -> Any:
+        """A context manager that yields the model."""
+        ...
+
+    def loaded(self) -> tuple[tuple[ModelRef, bool], ...]:
+        """Models in memory and whether each is in use."""
+        ...
+
+    def close(self) -> None:
+        """Drop the models."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Edit:
+    """A question on its way to a worker."""
+
+    plan: Inspection
+    digest: str
+    fresh: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A prompt on its way to a worker."""
+
+    entry: ModelEntry
+    text: str
+    key: str
+
+
+class Service:
+    """One per process; every method may be called from any thread."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        notebook: Notebook,
+        make_pool: Callable[[Settings], Pool] | None = None,
+    ) -> None:
+        self.settings = settings
+        self._store = store
+        self._notebook = notebook
+        limits = Limits(
+            queued=settings.max_queue,
+            per_owner_queued=max(0, settings.max_queue_per_session - 1),
+            timeout_seconds=settings.job_seconds,
+        )
+        self._jobs: Jobs[_Edit | _Prompt, Report | Answer] = Jobs(self._work, limits)
+        self._make_pool = make_pool or _model_pool
+        self._pool_now: Pool | None = None
+        self._pool_lock = threading.Lock()
+        self._lock = threading.Lock()
+        self._answers: OrderedDict[str, Answer] = OrderedDict()
+        self._askers: dict[str, set[str]] = {}
+        self._timings: dict[tuple[str, str], deque[float]] = {}
+        self._warming: set[str] = set()
+        self._sizes: dict[str, int] = {}
+        self._notices: OrderedDict[str, str] = OrderedDict()
+
+    @classmethod
+    def open(cls, settings: Settings | None = None, *, make_pool: Callable[[Settings], Pool] | None = None) -> Service:
+        """Store, notebook and queue of these settings (read from the environment by default). Loads no model."""
+        settings = settings or Settings.read()
+        store = Store.open(settings.cache_dir / "results", int(settings.store_gb * 2**30))
+        notebook = Notebook.open(settings.database_url or settings.cache_dir / "notebook.sqlite3")
+        return cls(settings, store, notebook, make_pool)
+
+    def close(self) -> None:
+        """Stop the worker, drop the models, close the files."""
+        self._jobs.close()
+        with self._pool_lock:
+            if self._pool_now is not None:
+                self._pool_now.close()
+                self._pool_now = None
+        self._notebook.close()
+        self._store.close()
+
+    def __enter__(self) -> Service:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # What there is ---------------------------------------------------------------------------------------------------
+
+    def models(self) -> tuple[ModelInfo, ...]:
+        """The whole catalogue, those on this machine first."""
+        infos = [self._info(entry) for entry in self.settings.models.values()]
+        return tuple(sorted(infos, key=lambda info: not info.available))
+
+    def model(self, name: str) -> ModelInfo:
+        """One model of the catalogue. Raises UnknownName with the closest known one."""
+        return self._info(self.settings.model(name))
+
+    def methods(self, model: str) -> tuple[MethodInfo, ...]:
+        """Every method, with this model's defaults and whether it can edit this model."""
+        entry = self.settings.model(model)
+        return tuple(
+            MethodInfo(
+                name=method.name,
+                title=method.title,
+                summary=method.summary,
+                family=method.family,
+                paper=method.paper,
+                unsupported=self._unsupported(method, entry),
+                knobs=self._knobs(method, entry),
+                seconds_estimate=self.seconds_estimate(entry.name, method.name),
+            )
+            for method in METHODS
+        )
+
+    def seconds_estimate(self, model: str, method: str) -> float | None:
+        """What such an edit takes: the mean of earlier runs here, else the shipped examples scaled by parameters."""
+        with self._lock:
+            seen = self._timings.get((model, method))
+            if seen:
+                return fmean(seen)
+        examples = [example for example in self.examples() if example.method == method]
+        same = [example.seconds for example in examples if example.model == model]
+        if same:
+            return fmean(same)
+        target = self._parameters(self.settings.model(model))
+        scaled = [
+            example.seconds * max(1.0, target / size)
+            for example in examples
+            if target and example.model in self.settings.models
+            and (size := self._parameters(self.settings.model(example.model)))
+        ]  # fmt: skip
+        return fmean(scaled) if scaled else None
+
+    def facts(self, model: str) -> tuple[dict[str, Any], ...]:
+        """The facts an embedded model was trained on; none for other models."""
+        if not self.settings.model(model).embedded:
+            return ()
+        return tuple(known.as_json())
+
+    def examples(self) -> tuple[Example, ...]:
+        """The shipped example cards; none when their files can't be read."""
+        try:
+            return shipped.load()
+        except StoreError as error:
+            self._notice("examples", str(error))
+            return ()
+
+    def suggest(self, model: str, seed: int) -> EditRequest:
+        """One random counterfactual edit of a well-known fact; the same seed gives the same edit."""
+        self.settings.model(model)
+        return next(shipped.candidates(seed, min_neighbours=4))
+
+    # Asking ----------------------------------------------------------------------------------------------------------
+
+    def plan(
+        self,
+        model: str,
+        method: str,
+        subject: str,
+        template: str,
+        target_new: str,
+        target_true: str = "",
+        paraphrases: Sequence[str] = (),
+        neighbours: Sequence[str] = (),
+        params: Mapping[str, object] | None = None,
+        views: Sequence[str] = ("module_scores",),
+        seed: int = 0,
+    ) -> Inspection:
+        """The complete question. Raises an ActionableError on anything that can't work.
+
+        On an embedded model, a known fact brings its original object, withheld paraphrases and neighbours when none are
+        given; they are used for evaluation only.
+        """
+        entry = self.settings.model(model)
+        chosen: Method[Any] = METHODS[method]
+        for view in views:
+            VIEWS[view]
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise BadInput("seed", f"{str(seed)[:20]!r} is not a seed.", "Give a whole number from 0 to 2147483647.")
+        request = EditRequest(subject, template, target_new, target_true or None, tuple(paraphrases), tuple(neighbours))
+        if entry.embedded:
+            request = _with_known_prompts(request)
+        ref = chosen.ref(params, entry.defaults.get(method))
+        if reason := self._unsupported(chosen, entry):
+            raise UnsupportedMethod(
+                f"{chosen.title} can't edit {entry.name}: {reason}", "Choose another method or model."
+            )
+        return Inspection(entry.ref(), ref, (request,), tuple(views), seed)
+
+    def digest(self, plan: Inspection) -> str:
+        """The key of a question: the run id. Raises ModelUnavailable when the model isn't here."""
+        entry = self.settings.model(plan.model.name)
+        return plan.key(weights_digest(self.settings.locate(entry), self.settings.cache_dir))
+
+    def cached(self, digest: str) -> Report | None:
+        """The report of this run id, from the store or the shipped examples. Never computes; safe with any text."""
+        return self._store.get_report(digest) or shipped.find(digest)
+
+    def report(self, digest: str) -> Report:
+        """As cached(). Raises BadInput telling what to do when there is none."""
+        found = self.cached(digest)
+        if found is None:
+            raise BadInput(
+                "run",
+                f"there is no stored result {str(digest)[:12]!r} here.",
+                "Run the edit again, or open it where it was made.",
+            )
+        return found
+
+    def submit(self, plan: Inspection, owner: str, *, fresh: bool = False) -> str:
+        """Queue a question; its job id. Raises Busy when the queue is full, or this owner has enough in it.
+
+        The same question asked by several people at a time is computed once; a stored answer is taken unless `fresh`.
+        """
+        digest = self.digest(plan)
+        with self._lock:
+            self._askers.setdefault(digest, set()).add(owner)
+        try:
+            return self._jobs.submit(
+                _Edit(plan, digest, fresh),
+                owner=owner,
+                digest=digest,
+                model=plan.model.name,
+                method=plan.method.name,
+            )
+        except Busy:
+            self._forget_asker(digest, owner)
+            raise
+
+    def ask(self, model: str, prompt: str, owner: str) -> str:
+        """Queue a prompt for the unedited model; its job id, for job() and answer()."""
+        entry = self.settings.model(model)
+        text = clean_text("prompt", prompt, MAX_TEMPLATE)
+        key = digest_of({"ask": text, "model": entry.ref(), "weights": self._weights(entry)})
+        return self._jobs.submit(_Prompt(entry, text, key), owner=owner, digest=key, model=entry.name, method="ask")
+
+    def answer(self, job_id: str, owner: str | None = None) -> Answer:
+        """What ask() found. Raises Busy while the job runs and ActionableError when it failed."""
+        found = self._jobs.result(job_id, owner)
+        if not isinstance(found, Answer):
+            raise BadInput("job", "is an edit, not a prompt.", "Open its report by its run id.")
+        return found
+
+    def job(self, job_id: str, owner: str) -> JobView:
+        """How a job of this owner stands. Raises UnknownName for anybody else's, or one that is forgotten."""
+        return self._jobs.snapshot(job_id, owner)
+
+    def jobs(self, owner: str) -> list[JobView]:
+        """The jobs of an owner that are remembered, oldest first."""
+        return self._jobs.of_owner(owner)
+
+    def wait(self, job_id: str, timeout: float | None = None) -> JobView:
+        """Block until a job is over or the time is up: for scripts, not for pages."""
+        return self._jobs.wait(job_id, timeout)
+
+    def cancel(self, job_id: str, owner: str) -> JobView:
+        """Stop a job of this owner, waiting or running; others who wait for the same answer still get it."""
+        view = self._jobs.cancel(job_id, owner)
+        if view.state == CANCELLED:
+            self._forget_asker(view.digest, owner)
+        return view
+
+    def run(self, plan: Inspection, report: Reporter = silent, *, fresh: bool = False) -> Report:
+        """Answer a question here and now: from the store, else computed and stored. `fresh` always computes."""
+        digest = self.digest(plan)
+        return self._answer(plan, digest, report, fresh=fresh)
+
+    def warm_up(self, model: str) -> None:
+        """Import torch and load a model in the background; returns at once."""
+        entry = self.settings.model(model)
+        with self._lock:
+            if entry.name in self._warming:
+                return
+            self._warming.add(entry.name)
+        threading.Thread(target=self._warm, args=(entry,), name=f"warm-up-{entry.name}", daemon=True).start()
+
+    # The notebook ----------------------------------------------------------------------------------------------------
+
+    def runs(self, **filters: Any) -> list[Entry]:
+        """Runs that match, newest first; the filters are those of Notebook.runs (text, model, tag, verdict, ...)."""
+        return self._notebook.runs(**filters)
+
+    def count_runs(self, **filters: Any) -> int:
+        """How many runs the same filters give."""
+        return self._notebook.count(**filters)
+
+    def entry(self, digest: str) -> Entry | None:
+        """One run with its notes, tags and verdicts, or None."""
+        return self._notebook.get(digest)
+
+    def run_choices(self) -> dict[str, tuple[str, ...]]:
+        """Models, methods and tags that occur in the history."""
+        return self._notebook.choices()
+
+    def note(self, digest: str, text: str, author: str = "") -> Note | None:
+        """Write an author's note on a run; an empty text removes it."""
+        return self._notebook.set_note(digest, text, author)
+
+    def tags(self, digest: str, tags: Sequence[str]) -> tuple[str, ...]:
+        """Replace the tags of a run."""
+        return self._notebook.set_tags(digest, tags)
+
+    def verdict(
+        self, digest: str, verdict: str, failure: str = "", severity: int = 0, author: str = ""
+    ) -> Verdict | None:
+        """Write an author's verdict on a run; an empty verdict removes it."""
+        return self._notebook.set_verdict(digest, verdict, failure, severity, author)
+
+    def delete_run(self, digest: str, owner: str | None = None) -> bool:
+        """Take a run out of an owner's history, or out of everybody's. The stored report stays until it is evicted."""
+        return self._notebook.delete_run(digest, owner)
+
+    def visited(self, report: Report, owner: str) -> None:
+        """Record in the history that this owner has seen a report: computed, stored or shipped."""
+        self._record(report, owner)
+
+    # Operation -------------------------------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """Everything the status page shows."""
+        store = self._store.health()
+        notebook = self._notebook.health()
+        with self._lock:
+            notices = list(self._notices.values())
+        if store.notice:
+            notices.append(store.notice)
+        if notebook.notice:
+            notices.append(notebook.notice)
+        running, waiting = self._jobs.load()
+        pool = self._pool_now
+        return Status(
+            version=__version__,
+            device=self._device(),
+            torch_ready="torch" in sys.modules,
+            models_loaded=tuple(ref.name for ref, _ in pool.loaded()) if pool else (),
+            running=running,
+            waiting=waiting,
+            max_waiting=self._jobs.limits.queued,
+            store=store,
+            notebook=notebook,
+            notices=tuple(notices),
+        )
+
+    def unload(self) -> None:
+        """Drop every model nobody is using, to free its memory; the next question loads it again."""
+        if self._pool_now is not None:
+            self._pool_now.close()
+
+    def condition(self, model: str) -> Condition:
+        """Read a model's parameters now, in the calling thread; waits until nobody holds it."""
+        with self._pool().lease(self.settings.model(model).ref()) as lm:
+            return Condition(lm.live_digest(), lm.hook_count())
+
+    def clear_results(self) -> int:
+        """Forget every stored report and statistic; how many there were. Notes and tags stay."""
+        keys = self._store.keys()
+        return sum(self._store.delete(key) for key in keys)
+
+    def rebuild_examples(self, model: str, method: str, tries: int, seed: int) -> tuple[Example, ...]:
+        """Search random facts for one edit of each outcome and ship them. Raises BadInput when one never shows."""
+        entry = self.settings.model(model)
+        if not entry.embedded:
+            raise BadInput("model", f"{model} does not ship with the project.", "Choose an embedded model.")
+
+        def answer(request: EditRequest) -> Report:
+            plan = self.plan(
+                model, method, request.subject, request.template, request.target_new, request.target_true or "",
+                request.paraphrases, request.neighbours, seed=seed,
+            )  # fmt: skip
+            return self.run(plan, fresh=True)
+
+        try:
+            chosen = shipped.choose(shipped.candidates(seed, min_neighbours=4), answer, tries=tries)
+        except LookupError as error:
+            raise BadInput("tries", str(error), "Give more tries or another seed.") from error
+        return shipped.write(chosen)
+
+    # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _work(self, question: _Edit | _Prompt, report: Reporter) -> Report | Answer:
+        """What a worker thread does with a question."""
+        if isinstance(question, _Prompt):
+            return self._continue(question, report)
+        try:
+            result = self._answer(question.plan, question.digest, report, fresh=question.fresh)
+        finally:
+            with self._lock:
+                askers = self._askers.pop(question.digest, set())
+        for owner in sorted(askers):
+            self._record(result, owner)
+        return result
+
+    def _forget_asker(self, digest: str, owner: str) -> None:
+        with self._lock:
+            askers = self._askers.get(digest, set())
+            askers.discard(owner)
+            if not askers:
+                self._askers.pop(digest, None)
+
+    def _answer(self, plan: Inspection, digest: str, report: Reporter, *, fresh: bool = False) -> Report:
+        """Step 3 of the head of this file. Runs in a worker thread, or in the caller's for run()."""
+        if not fresh and (found := self.cached(digest)) is not None:
+            return found
+        pool = self._pool()  # first, because it sets up what the next line imports
+        from mega_core import pipeline
+
+        with _memory_errors(), pool.lease(plan.model, report) as lm:
+            lm.memo = self._store
+            result = pipeline.inspect(plan, lm, report, self._store)
+        if result.digest != digest:
+            raise StoreError("The model's files changed while it was loaded.", "Restart the app, then run it again.")
+        # Only here is the model back and proved clean.
+        self._store.put_report(result)
+        with self._lock:
+            key = (plan.model.name, plan.method.name)
+            self._timings.setdefault(key, deque(maxlen=KEPT_TIMINGS)).append(sum(result.timing.values()))
+        return result
+
+    def _continue(self, asked: _Prompt, report: Reporter) -> Answer:
+        with self._lock:
+            if asked.key in self._answers:
+                return self._answers[asked.key]
+        pool = self._pool()
+        from mega_core.evaluation.looks import most_likely
+
+        entry, prompt = asked.entry, asked.text
+        with _memory_errors(), pool.lease(entry.ref(), report) as lm, stage(report, "ask", total=2) as step:
+            tokens = most_likely(lm, prompt, TOP_TOKENS)
+            step()
+            (text,) = lm.generate([prompt], min(ANSWER_TOKENS, self.settings.max_new_tokens))
+            step()
+        answer = Answer(entry.name, prompt, text, tokens)
+        with self._lock:
+            self._answers[asked.key] = answer
+            while len(self._answers) > KEPT_ANSWERS:
+                self._answers.popitem(last=False)
+        return answer
+
+    def _record(self, report: Report, owner: str) -> None:
+        """Write a run into the history; a notebook that can't is told in the notices and costs nobody the result."""
+        request = report.question.requests[0]
+        metrics = report.frames.get("metrics")
+        values = {}
+        if metrics is not None:
+            after = metrics[(metrics["state"] == "after") & (metrics["case"] == 0)]
+            values = {f"{row.protocol}.{row.metric}": float(row.value) for row in after.itertuples()}
+        try:
+            kind = outcome(report).kind
+        except ValueError:
+            kind = ""
+        try:
+            self._notebook.add_run(
+                Run(
+                    digest=report.digest,
+                    session=owner,
+                    model=report.question.model.name,
+                    method=report.question.method.name,
+                    subject=request.subject,
+                    template=request.template,
+                    target_new=request.target_new,
+                    target_true=request.target_true,
+                    edits=len(report.question.requests),
+                    verdict=kind,
+                    metrics=values,
+                    seconds=float(sum(report.timing.values())),
+                    created=datetime.now(UTC),
+                )
+            )
+        except ActionableError as error:
+            log.warning("The run %s is not in the history: %s", report.digest[:12], error)
+            self._notice("history", str(error))
+
+    def _warm(self, entry: ModelEntry) -> None:
+        try:
+            with self._pool().lease(entry.ref()):
+                pass
+        except Exception as error:  # noqa: BLE001 - whoever runs an edit is told; here nobody waits
+            log.warning("Could not warm up %s: %s", entry.name, error)
+            if not isinstance(error, ActionableError):
+                self._notice("warm-up", f"{entry.name} could not be loaded ({type(error).__name__}).")
+        finally:
+            with self._lock:
+                self._warming.discard(entry.name)
+
+    def _pool(self) -> Pool:
+        """The models, made on first use: that is when torch is imported."""
+        with self._pool_lock:
+            if self._pool_now is None:
+                self._pool_now = self._make_pool(self.settings)
+            return self._pool_now
+
+    def _weights(self, entry: ModelEntry) -> str:
+        return weights_digest(self.settings.locate(entry), self.settings.cache_dir)
+
+    def _info(self, entry: ModelEntry) -> ModelInfo:
+        missing = entry.missing(self.settings.hub_cache)
+        return ModelInfo(
+            name=entry.name,
+            title=entry.title or entry.name,
+            embedded=entry.embedded,
+            available=missing is None,
+            reason="" if missing is None else missing.what,
+            how="" if missing is None else missing.next_step,
+            parameters=self._parameters(entry),
+            memory_gb=entry.memory_gb,
+            licence=entry.licence,
+            dtype=entry.dtype,
+            device=self._device(),
+            architecture=entry.architecture,
+        )
+
+    def _parameters(self, entry: ModelEntry) -> int:
+        """As the catalogue says, else counted in the headers of the weight files, else 0."""
+        if entry.params:
+            return entry.params
+        if entry.name not in self._sizes:
+            try:
+                self._sizes[entry.name] = _count_parameters(self.settings.locate(entry))
+            except (ActionableError, OSError, ValueError, KeyError):
+                return 0
+        return self._sizes[entry.name]
+
+    def _device(self) -> str:
+        """Where models run. "auto" is decided only once torch is there: asking must not import it."""
+        torch = sys.modules.get("torch")
+        if self.settings.device != "auto" or torch is None or not hasattr(torch, "cuda"):
+            return self.settings.device
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+
+    def _unsupported(self, method: Method[Any], entry: ModelEntry) -> str | None:
+        if not entry.architecture:
+            return None  # only loading tells
+        try:
+            spec: ArchSpec = spec_of(entry.architecture)
+        except UnsupportedModel as error:
+            return str(error)
+        return method.needs(spec)
+
+    def _knobs(self, method: Method[Any], entry: ModelEntry) -> tuple[Knob, ...]:
+        """The method's parameters; a model's default that the method can't take is left to plan() to complain about."""
+        own: Mapping[str, Scalar] = entry.defaults.get(method.name, {})
+        return tuple(replace(knob, default=own.get(knob.name, knob.default)) for knob in method.knobs())
+
+    def _notice(self, about: str, text: str) -> None:
+        with self._lock:
+            self._notices[about] = text
+
+
+def _model_pool(settings: Settings) -> ModelPool:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for its callers, not for people
+    import torch
+
+    from mega_core.models.pool import ModelPool
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        # One core is left to the threads that draw pages.
+        torch.set_num_threads(max(1, (os.cpu_count() or 2) - 1))
+    return ModelPool(settings)
+
+
+def _with_known_prompts(request: EditRequest) -> EditRequest:
+    """A request about a known fact, filled with what the tables know and the person left out; any other as it is."""
+    world = known.load()
+    fact = next(
+        (
+            f
+            for f in world.by_subject.get(request.subject, ())
+            if request.template in (*f.trained, *f.templates_held_out)
+        ),
+        None,
+    )
+    if fact is None:
+        return request
+    full = shipped.request_of(fact, request.target_new, request.template) if fact.object != request.target_new else None
+    if full is None or request.target_true not in (None, fact.object):
+        return request
+    return replace(
+        request,
+        target_true=fact.object,
+        paraphrases=request.paraphrases or full.paraphrases,
+        neighbours=request.neighbours or full.neighbours,
+    )
+
+
+def _count_parameters(folder: Path) -> int:
+    """The numbers in a folder's safetensors files, from their headers alone."""
+    total = 0
+    for file in folder.glob("*.safetensors"):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > 100 * 2**20:
+                raise ValueError(f"{file.name} has no such header")
+            header = json.loads(stream.read(length))
+        total += sum(prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return total
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn running out of memory, as Python and torch each say it, into an error that helps."""
+    try:
+        yield
+    except Exception as error:
+        out = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+        if not out and not (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+            raise
+        raise OutOfMemory(
+            "There was not enough memory for this edit; the model was restored.",
+            "Choose a smaller model, fewer prompts, or close other programs.",
+        ) from error
