@@ -1,0 +1,72 @@
+"""What pages share: the one service of this process, who is asking, and how an error is told."""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from hashlib import sha256
+
+import streamlit as st
+
+from mega_core.errors import ActionableError
+from mega_core.service import Service
+from pages.components.text import md
+
+log = logging.getLogger(__name__)
+
+RUN_ID = re.compile(r"[0-9a-f]{64}")
+
+
+@st.cache_resource(show_spinner=False, on_release=lambda service: service.close())
+def service() -> Service:
+    """The service of this process; loads no model."""
+    return Service.open()
+
+
+def owner() -> str:
+    """A name for the person at this browser that nobody can guess: work and history are looked up by it.
+
+    The token inside Streamlit's own anti-forgery cookie outlives a reload, so a person finds their runs again
+    without another cookie.
+    """
+    if "owner" not in st.session_state:
+        token = _browser_token(st.context.cookies.get("_streamlit_xsrf", "") if st.context.cookies else "")
+        st.session_state["owner"] = sha256(token).hexdigest()[:32] if token else secrets.token_hex(16)
+    return str(st.session_state["owner"])
+
+
+def _browser_token(cookie: str) -> bytes | None:
+    """The secret of a version 2 token "2|mask|masked|time" with its mask taken off."""
+    try:
+        version, mask_hex, masked_hex, _ = cookie.strip("\"'").split("|")
+        mask, masked = bytes.fromhex(mask_hex), bytes.fromhex(masked_hex)
+    except ValueError:
+        return None
+    if version != "2" or len(mask) != 4 or len(masked) < 16:
+        return None
+    return bytes(byte ^ mask[i % 4] for i, byte in enumerate(masked))
+
+
+def run_in_address() -> str | None:
+    """The run id of ?run=, or None. Anything that isn't 64 hex characters counts as unknown and comes back as ""."""
+    asked = st.query_params.get("run")
+    if asked is None:
+        return None
+    return asked if RUN_ID.fullmatch(asked) else ""
+
+
+def tell(error: Exception) -> None:
+    """Say what happened and what to do next. An error nobody foresaw is logged under an id, and only the id is
+    shown.
+    """
+    if isinstance(error, ActionableError):
+        st.error(f"**{md(error.what)}** {md(error.next_step)}", icon=":material/error:")
+        return
+    number = secrets.token_hex(4)
+    log.error("error %s", number, exc_info=error)
+    st.error(
+        f"**Something went wrong on our side.** Your input is kept. Try again; if it happens again, look for error id "
+        f"`{number}` in the log of the server.",
+        icon=":material/error:",
+    )

@@ -1,0 +1,105 @@
+"""Start: what this is, three finished examples, the models here, and where you left off."""
+
+import streamlit as st
+
+from mega_core import __version__
+from mega_core.errors import ActionableError
+from pages.components import frame
+from pages.components.report_view import outcome_badge
+from pages.components.session import owner, service
+from pages.components.text import md
+from pages.components.words import PRIVACY
+
+frame.enter()
+desk = service()
+
+st.title("Edit Anatomy", anchor=False)
+st.markdown(
+    "Rewrite a single fact inside a language model, then look at what it says now, what else changed, and which "
+    "layers did it. "
+    "The model is given back bit for bit after every run."
+)
+
+examples = desk.examples()
+if examples:
+    st.header("Three finished edits", anchor=False)
+    st.caption("Real runs, kept with their numbers: opening one loads no model.")
+    for column, example in zip(st.columns(len(examples), gap="medium"), examples, strict=True):
+        with column.container(border=True, height="stretch", key=f"card_{example.name}"):
+            try:
+                request = example.report().question.requests[0]
+            except ActionableError:
+                st.caption("This example can't be read; rebuild it with `python -m mega_core examples`.")
+                continue
+            with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
+                st.subheader(md(example.title), anchor=False, width="content")
+                outcome_badge(example.outcome)
+            original = f":gray[~~{md(request.target_true)}~~] → " if request.target_true else "→ "
+            st.markdown(f"{md(request.prompt)} {original}**{md(request.target_new)}**")
+            st.caption(md(example.sentence))
+            st.space("stretch")
+            if st.button(
+                "Open", key=f"open_{example.name}", icon=":material/open_in_new:", type="primary", width="stretch"
+            ):
+                st.switch_page("pages/edit.py", query_params={"run": example.digest})
+else:
+    with st.container(border=True):
+        st.header("Make your first edit", anchor=False)
+        st.markdown("Choose a fact the model knows, say what it should say instead, and press Run.")
+        if st.button("Go to the edit trial", type="primary", icon=":material/edit_note:"):
+            st.switch_page("pages/edit.py")
+
+left, right = st.columns([3, 2], gap="large")
+with left:
+    st.header("Models", anchor=False)
+    models = desk.models()
+    st.dataframe(
+        [
+            {
+                "ready": "✓ here" if info.available else "○ not here",
+                "model": info.title,
+                "parameters": info.parameters / 1e6 if info.parameters else None,
+                "memory": info.memory_gb,
+                "needs": "nothing, it ships with the app"
+                if info.embedded and info.available
+                else info.reason or "ready to use",
+            }
+            for info in models
+        ],
+        hide_index=True,
+        column_config={
+            "ready": st.column_config.TextColumn("", width=80),
+            "model": st.column_config.TextColumn("Model", width=190),
+            "parameters": st.column_config.NumberColumn("Parameters", format="%.0f M", width=95),
+            "memory": st.column_config.NumberColumn("Memory", format="%.1f GB", width=80),
+            "needs": st.column_config.TextColumn("Needs"),
+        },
+        key="models_table",
+        alt="Models of the catalogue, which of them are on this machine, and what they need",
+    )
+    missing = [info for info in models if not info.available and info.how]
+    if missing:
+        with st.expander("How to add a model", icon=":material/add_circle:"):
+            for info in missing:
+                st.markdown(f"**{md(info.title)}**: {md(info.how)}")
+with right:
+    st.header("Where you left off", anchor=False)
+    recent = desk.runs(session=owner(), limit=5)
+    if not recent:
+        st.caption("Your last five runs will be listed here.")
+    for entry in recent:
+        run = entry.run
+        prompt = run.template.replace("{}", run.subject)
+        st.page_link(
+            "pages/edit.py",
+            label=f"{md(prompt)} **{md(run.target_new)}** · {md(run.method.upper())} · "
+            f"{md(run.verdict or 'no verdict')}",
+            icon=":material/restore:",
+            query_params={"run": run.digest},
+        )
+
+st.divider()
+with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+    st.badge("works offline", icon=":material/wifi_off:", color="green")
+    st.badge(f"version {__version__}", color="gray")
+    st.caption(PRIVACY)
