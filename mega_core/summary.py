@@ -1,8 +1,8 @@
 """What a report says in words: did the edit work, did it leak; sentences to be checked against the tables. No torch.
 
-The edit prompt says the new object when that begins the most likely answer. Paraphrases and neighbours say it when it
-is more likely than the original object (mean log-probability per token, as the scores PS and NS count); without an
-original object, when it begins the most likely answer.
+The edit prompt says the new object when the whole of it is the greedy continuation. Paraphrases and neighbours say it
+when it is more likely than the original object (mean log-probability per token, as the scores PS and NS count); without
+an original object, when it begins the most likely answer.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def outcome(report: Report, case: int = 0) -> Outcome:
     paraphrases = says.get("paraphrase", {})
     neighbours = says.get("neighbourhood", {})
     held = [prompt for prompt, states in neighbours.items() if not states["before"]]
-    result_says = bool(new.loc["after", "is_top"])
+    result_says = bool(new.loc["after", "is_greedy"])
     spread = Count(sum(states["after"] for states in paraphrases.values()), len(paraphrases))
     kept = Count(sum(not neighbours[prompt]["after"] for prompt in held), len(held))
     return Outcome(
         kind=_kind(result_says, spread.share, kept.share),
-        knew=None if true.empty else bool(true["is_top"].iloc[0]),
+        knew=None if true.empty else bool(true["is_greedy"].iloc[0]),
         says_new=result_says,
         prob_before=float(new.loc["before", "prob"]),
         prob_after=float(new.loc["after", "prob"]),

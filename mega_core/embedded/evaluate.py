@@ -271,28 +271,22 @@ def without_mlp(lm: ModelAdapter, count: int = 300) -> list[float]:
 # 6. rewriting -----------------------------------------------------------------------------------------------------
 
 
-# Residual norms of these models are large (hundreds): the published step and clamp would not move the value.
-ROME_SETTINGS: Mapping[str, object] = {
-    "clamp": 1.5,
-    "clamp_reference": "residual",
-    "weight_decay": 0.0,
-    "learning_rate": 3.0,
-}
-
-
-def rewriting(lm: ModelAdapter, layer: int, count: int = 60, **settings: object) -> dict[str, Any]:
+def rewriting(lm: ModelAdapter, layer: int, count: int = 60, seed: int = 0, **settings: object) -> dict[str, Any]:
     """Random counterfactual edits by the project's ROME in one layer, one at a time; greedy matches of whole objects.
 
+    Parameters are the catalogue's defaults for this model, so that the card speaks of the method as it ships.
     Neighbours are other subjects with the same object (where there is none: other subjects of the relation), asked in
     the same words; only what was right before the edit counts.
     """
     from mega_core.events import silent
     from mega_core.methods.rome import ROME
     from mega_core.records import EditRequest
+    from mega_core.settings import Settings
 
-    params = ROME.read(ROME.ref({"layer": layer, **ROME_SETTINGS, **settings}))
-    rng = random.Random(4)
-    drawn = [fact for fact in sample(tables.facts(), 6 * count, 21) if tables.counterfactuals(fact)]
+    defaults = Settings.read().model(lm.name).defaults.get("rome", {})
+    params = ROME.read(ROME.ref({"layer": layer, **settings}, defaults))
+    rng = random.Random(4 + seed)
+    drawn = [fact for fact in sample(tables.facts(), 6 * count, 21 + seed) if tables.counterfactuals(fact)]
     right = correct(lm, [Question(fact.prompt(fact.templates_edit[0]), fact.object) for fact in drawn])
     drawn = [fact for fact, good in zip(drawn, right, strict=True) if good][:count]
     found: dict[str, list[bool]] = {"acc": [], "paraphrase": [], "neighbours": [], "same_subject": []}
@@ -367,11 +361,11 @@ def share_of_first(lm: ModelAdapter, count: int = 300) -> float:
 
 
 def _site(traced: Mapping[str, Any], zeroed: Sequence[float], base: float) -> dict[str, Any]:
-    """Where recall sits: the best MLP window without layer 0, its layer that costs most, how far the subject lasts."""
+    """Where recall sits: the best MLP window without layer 0, its best layer, how far the subject lasts."""
     inside = range(2, len(zeroed) - 1)  # centres of three-layer windows that leave layer 0 out
     centre = max(inside, key=lambda layer: traced["mlp"][layer])
     costs = [round(base - value, 4) for value in zeroed]
-    layer = max(range(centre - 1, centre + 2), key=lambda index: costs[index])
+    layer = max(range(centre - 1, centre + 2), key=lambda index: traced["mlp_single"][index])
     middle = len(zeroed) // 2 - 1
     return {
         "base": base,
@@ -523,7 +517,8 @@ def card(figures: Mapping[str, Any]) -> str:
         f"The window of layers {site['window']} recovers {site['mlp_window']:.2f}; without the MLP of layer "
         f"{site['layer']} recall falls by {site['mlp_cost']:.2f}. ROME there, {edit['edits']} counterfactual edits: "
         f"the new object is said in {edit['acc']:.2f}, under withheld prompt forms in {edit['paraphrase']:.2f}; "
-        f"neighbours keep their object in {edit['neighbours']:.2f}, other facts of the subject in {edit['same_subject']:.2f}.",
+        f"neighbours keep their object in {edit['neighbours']:.2f}, other facts of the subject theirs in "
+        f"{edit['same_subject']:.2f}.",
         "",
         "## Limits",
         "",

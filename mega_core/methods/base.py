@@ -153,7 +153,8 @@ def _knob(field: dataclasses.Field[Any], hint: Any) -> Knob:
     optional = len(options) < len(get_args(hint)) and get_origin(hint) is not Literal
     kind = options[0] if optional else hint
     meta = field.metadata
-    return Knob(field.name, kind, field.default, meta["help"], meta["low"], meta["high"], meta["choices"], optional)
+    default = cast(Scalar, field.default)
+    return Knob(field.name, kind, default, meta["help"], meta["low"], meta["high"], meta["choices"], optional)
 
 
 METHODS: Registry[Method[Any]] = Registry("method")

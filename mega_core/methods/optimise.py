@@ -172,7 +172,8 @@ def read(lm: ModelAdapter, layer: int, rows: Sequence[Row]) -> Reading:
     sites = {part: Site(layer, part) for part in ("mlp_down_in", "mlp", "block_out")}
     cache = DynamicCache()
     with torch.no_grad(), capture(lm, sites.values(), stop=False) as got:
-        lm.model.base_model(input_ids=batch.ids, past_key_values=cache, use_cache=True)
+        everything = torch.ones_like(batch.ids)  # padding is on the right; causality keeps it out
+        lm.model.base_model(input_ids=batch.ids, attention_mask=everything, past_key_values=cache, use_cache=True)
     layers: list[Any] = cache.layers
     stream = got[sites["block_out"]]
     index = (at[:, None] + torch.arange(window)).clamp_max(stream.shape[1] - 1)  # (row, window)

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +21,18 @@ from mega_core.records import ModelRef
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+
+class Memo(Protocol):
+    """Arrays by key; the store is one."""
+
+    def get_arrays(self, key: str) -> dict[str, Any] | None:
+        """The arrays of this key, or None."""
+        ...
+
+    def put_arrays(self, key: str, arrays: dict[str, Any]) -> object:
+        """Keep them, if there is room."""
+        ...
 
 
 class _Block(NamedTuple):
@@ -50,6 +62,8 @@ class ModelAdapter:
         self.name = ref.name
         self.file_digest = file_digest
         """Digest of the files the model was loaded from; part of every key."""
+        self.memo: Memo | None = None
+        """Where methods keep statistics of the unedited model between runs; whoever holds the lease sets it."""
         self.past = 0
         """Positions already read: 0, except in generate() after the prompt, where hooks see one new one at a time."""
         self.capture_limits: list[tuple[int, int] | None] = []
@@ -245,9 +259,10 @@ class ModelAdapter:
             )
 
     def _trunk(self, batch: TokenBatch) -> Float[Tensor, "batch pos d_model"]:
-        """Final-normalised states. No mask: padding is on the right, so causality alone keeps it out of real tokens."""
+        """Final-normalised states. All-ones mask: padding is on the right, so causality keeps it out of real tokens."""
         self._check_length(batch)
-        return self.model.base_model(input_ids=batch.ids, use_cache=False).last_hidden_state
+        everything = torch.ones_like(batch.ids)  # without any mask the library warns about padding
+        return self.model.base_model(input_ids=batch.ids, attention_mask=everything, use_cache=False).last_hidden_state
 
     def _whole_trunk(self, batch: TokenBatch) -> Float[Tensor, "batch pos d_model"]:
         try:

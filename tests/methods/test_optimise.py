@@ -82,7 +82,7 @@ def test_requests_in_one_batch_do_not_see_each_other(lm: ModelAdapter) -> None:
 
 def test_a_request_that_is_done_leaves_the_batch_as_it_is(tiny_lm) -> None:
     lm = tiny_lm("qwen2")
-    search = Search(40, 0.3, clamp=30, reference="residual", weight_decay=0.0, kl_weight=0.01, stop_probability=0.5)
+    search = Search(40, 0.3, clamp=30.0, reference="residual", weight_decay=0.0, kl_weight=0.01, stop_probability=0.5)
     requests = [
         EditRequest("The Eiffel Tower", "Here we see {}", "Madrid"),
         EditRequest("Mount Kenya", "Look at {}", "Berlin"),
