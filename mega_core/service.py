@@ -491,7 +491,7 @@ class Service:
         return Status(
             version=__version__,
             device=self._device(),
-            torch_ready="torch" in sys.modules,
+            torch_ready=_torch() is not None,
             models_loaded=tuple(ref.name for ref, _ in pool.loaded()) if pool else (),
             running=running,
             waiting=waiting,
@@ -517,20 +517,32 @@ class Service:
         return sum(self._store.delete(key) for key in keys)
 
     def rebuild_examples(self, model: str, method: str, tries: int, seed: int) -> tuple[Example, ...]:
-        """Search random facts for one edit of each outcome and ship them. Raises BadInput when one never shows."""
+        """Search random facts for an edit that works, one that leaks and one that fails, and ship them.
+
+        The failure uses the method's published settings instead of this model's: on small models they fail silently.
+        Raises BadInput when an outcome never shows.
+        """
         entry = self.settings.model(model)
         if not entry.embedded:
             raise BadInput("model", f"{model} does not ship with the project.", "Choose an embedded model.")
 
-        def answer(request: EditRequest) -> Report:
+        def answer(request: EditRequest, params: Mapping[str, object] | None = None) -> Report:
             plan = self.plan(
                 model, method, request.subject, request.template, request.target_new, request.target_true or "",
-                request.paraphrases, request.neighbours, seed=seed,
+                request.paraphrases, request.neighbours, params, seed=seed,
             )  # fmt: skip
             return self.run(plan, fresh=True)
 
         try:
-            chosen = shipped.choose(shipped.candidates(seed, min_neighbours=4), answer, tries=tries)
+            requests = shipped.candidates(seed, min_neighbours=4)
+            chosen = shipped.choose(requests, answer, tries=tries, outcomes=("works", "leaks"))
+            own = entry.defaults.get(method, {})
+            published = {knob.name: knob.default for knob in METHODS[method].knobs() if knob.name in own}
+            same_place = {"layer": own["layer"]} if "layer" in own else {}
+            as_published = {**published, **same_place}
+            chosen |= shipped.choose(
+                requests, lambda request: answer(request, as_published), tries=tries, outcomes=("fails",)
+            )
         except LookupError as error:
             raise BadInput("tries", str(error), "Give more tries or another seed.") from error
         return shipped.write(chosen)
@@ -682,8 +694,8 @@ class Service:
 
     def _device(self) -> str:
         """Where models run. "auto" is decided only once torch is there: asking must not import it."""
-        torch = sys.modules.get("torch")
-        if self.settings.device != "auto" or torch is None or not hasattr(torch, "cuda"):
+        torch = _torch()
+        if self.settings.device != "auto" or torch is None:
             return self.settings.device
         if torch.cuda.is_available():
             return "cuda"
@@ -706,6 +718,12 @@ class Service:
     def _notice(self, about: str, text: str) -> None:
         with self._lock:
             self._notices[about] = text
+
+
+def _torch() -> Any:
+    """torch once it is imported whole, else None: a worker thread may be in the middle of importing it."""
+    module = sys.modules.get("torch")
+    return None if module is None or getattr(module.__spec__, "_initializing", False) else module
 
 
 def _model_pool(settings: Settings) -> ModelPool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -137,9 +137,14 @@ def fitness(found: Outcome) -> Mapping[str, float]:
 
 
 def choose(
-    requests: Iterator[EditRequest], run: Callable[[EditRequest], Report], *, tries: int, enough: float = 0.9
+    requests: Iterator[EditRequest],
+    run: Callable[[EditRequest], Report],
+    *,
+    tries: int,
+    outcomes: Sequence[str] = OUTCOMES,
+    enough: float = 0.9,
 ) -> dict[str, Report]:
-    """The clearest run of each outcome among `tries` edits; stops early once all are at least `enough` clear.
+    """The clearest run of each of `outcomes` among `tries` edits; stops early once all are at least `enough` clear.
 
     Raises LookupError naming the outcomes that were never seen.
     """
@@ -149,12 +154,12 @@ def choose(
         for kind, value in fitness(outcome(report)).items():
             if value > best.get(kind, (0.0, None))[0]:
                 best[kind] = (value, report)
-        if len(best) == len(OUTCOMES) and all(value >= enough for value, _ in best.values()):
+        if all(best.get(kind, (0.0, None))[0] >= enough for kind in outcomes):
             break
-    missing = [kind for kind in OUTCOMES if kind not in best]
+    missing = [kind for kind in outcomes if kind not in best]
     if missing:
         raise LookupError(f"none of {tries} edits shows: {', '.join(missing)}; try more")
-    return {kind: best[kind][1] for kind in OUTCOMES}
+    return {kind: best[kind][1] for kind in outcomes}
 
 
 def write(chosen: Mapping[str, Report], folder: Path = FOLDER) -> tuple[Example, ...]:
@@ -167,7 +172,7 @@ def write(chosen: Mapping[str, Report], folder: Path = FOLDER) -> tuple[Example,
         rows.append(
             {
                 "name": kind,
-                "title": _title(report),
+                "title": f"{_title(report)}, published settings" if kind == "fails" else _title(report),
                 "sentence": verdict(report),
                 "outcome": kind,
                 "digest": report.digest,
