@@ -20,11 +20,13 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("apart", ("models",)),
     ("apart", ("changes", "embedded")),
     ("apart", ("methods", "attribution", "masking", "evaluation", "datasets")),
-    ("apart", ("pipeline", "benchmark", "executors")),
+    ("apart", ("pipeline", "benchmark", "executors", "embedded.train")),
     ("apart", ("jobs",)),
     ("apart", ("service",)),
     ("apart", ("__main__",)),
 )
+# Training measures what it made with the methods; the rest of `embedded` is read by them.
+TOOLS = {"mega_core.embedded.train": "embedded.train", "mega_core.embedded.evaluate": "embedded.train"}
 RANK = {name: rank for rank, (_, names) in enumerate(ROWS) for name in names}
 
 # Pages draw what the service hands them: plain values, the words they are written in, and their table columns.
@@ -86,7 +88,7 @@ ALL = [found for name, path in FILES.items() for found in imports_of(name, path.
 
 def top(module: str) -> str:
     """The name in the map: "mega_core.models.hooks" -> "models"."""
-    return (module.split(".") + [""])[1]
+    return TOOLS.get(module) or (module.split(".") + [""])[1]
 
 
 def reversed_arrow(found: Import) -> str | None:
