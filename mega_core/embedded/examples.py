@@ -110,16 +110,18 @@ def request_of(fact: facts.Fact, target_new: str, template: str | None = None) -
 def candidates(seed: int, *, min_neighbours: int = 0) -> Iterator[EditRequest]:
     """Random counterfactual edits of known facts, each relation equally often, without end."""
     generator = random.Random(seed)
+    world = facts.load()
     by_relation: dict[str, list[facts.Fact]] = {}
-    for fact in facts.facts():
-        if facts.counterfactuals(fact) and len(facts.neighbours(fact, NEIGHBOURS)) >= min_neighbours:
+    for fact in world.facts:
+        if len(world.by_answer[fact.relation, fact.object]) > min_neighbours:
             by_relation.setdefault(fact.relation, []).append(fact)
     if not by_relation:
-        raise LookupError(f"no fact has {min_neighbours} neighbours and a counterfactual object")
+        raise LookupError(f"no fact has {min_neighbours} neighbours")
     relations = sorted(by_relation)
     while True:
         fact = generator.choice(by_relation[generator.choice(relations)])
-        yield request_of(fact, generator.choice(facts.counterfactuals(fact)), generator.choice(fact.templates_edit))
+        if others := facts.counterfactuals(fact):
+            yield request_of(fact, generator.choice(others), generator.choice(fact.templates_edit))
 
 
 def fitness(found: Outcome) -> Mapping[str, float]:
