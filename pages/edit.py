@@ -54,3 +54,5 @@ if report is not None:
     report_view.evidence(report)
     report_view.anatomy(report)
     report_view.receipt(report)
+elif asked is None:
+    request_form.warm_up()  # whoever comes without a finished run is about to ask for one

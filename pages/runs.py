@@ -95,7 +95,7 @@ event = st.dataframe(
     selection_mode="single-row",
     column_config={
         "when": st.column_config.DatetimeColumn("When", format="distance", width=135),
-        "fact": st.column_config.TextColumn("Edited to say", width=400),
+        "fact": st.column_config.TextColumn("Edited to say", width=330),
         "method": st.column_config.TextColumn("Method", width=80),
         "model": st.column_config.TextColumn("Model", width=110),
         "measured": st.column_config.TextColumn(

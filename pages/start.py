@@ -31,9 +31,8 @@ if examples:
             except ActionableError:
                 st.caption("This example can't be read; rebuild it with `python -m mega_core examples`.")
                 continue
-            with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
-                st.subheader(md(example.title), anchor=False, width="content")
-                outcome_badge(example.outcome)
+            outcome_badge(example.outcome)
+            st.subheader(md(example.title), anchor=False)
             original = f":gray[~~{md(request.target_true)}~~] → " if request.target_true else "→ "
             st.markdown(f"{md(request.prompt)} {original}**{md(request.target_new)}**")
             st.caption(md(example.sentence))

@@ -92,13 +92,13 @@ def module_map(
                 "value:Q",
                 scale=alt.Scale(domain=[-limit, limit], range="diverging", interpolate="rgb", clamp=True),
                 legend=alt.Legend(
-                    title="suppresses  ←  change of log-probability, nats  →  promotes",
+                    title="suppresses  ←  nats  →  promotes",
                     orient="bottom",
                     direction="horizontal",
-                    gradientLength=260,
+                    gradientLength=190,
                     gradientThickness=10,
                     format="+.1f",
-                    titleLimit=360,
+                    titleLimit=230,
                     titleFontWeight="normal",
                     titleAnchor="start",
                     values=[-limit, 0, limit],
@@ -251,7 +251,7 @@ def next_token_bars(table: pd.DataFrame) -> alt.LayerChart:
     color = alt.Color(
         "role_name:N", scale=scale, legend=alt.Legend(title=None, orient="bottom", values=roles, symbolType="square")
     )
-    text = base.mark_text(align="left", dx=5, fontSize=11, color=INK).encode(text=alt.Text("prob:Q", format=".1%"))
+    text = base.mark_text(align="left", dx=5, fontSize=11, color=INK).encode(text="percent:N")
     return (
         alt.layer(
             hollow.encode(color=color),

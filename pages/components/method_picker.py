@@ -71,6 +71,7 @@ def draw_knobs(info: MethodInfo) -> dict[str, Scalar]:
                 typed = st.text_input(
                     label, key=key, help=md(knob.help), placeholder="automatic", persist_state="session"
                 )
+                typed = typed or ""
                 values[knob.name] = typed if typed.strip() or not knob.optional else None
     return values
 
@@ -79,7 +80,7 @@ def _shown(knob: Knob) -> Scalar:
     """The default as its widget holds it: floats are typed as text, since a number box rounds 1e-5 away."""
     if knob.kind is bool or knob.kind is int:
         return knob.default
-    return "" if knob.default is None else f"{knob.default:g}" if knob.kind is float else str(knob.default)
+    return "" if knob.default is None else str(knob.default)
 
 
 def forget_knobs() -> None:

@@ -10,7 +10,7 @@ from mega_core.errors import ActionableError
 from mega_core.jobs import JobError, JobView
 from mega_core.notebook import Entry
 from pages.components import request_form
-from pages.components.session import owner, service
+from pages.components.session import owner, service, told
 from pages.components.text import md, seconds
 
 STAGE_WORDS = {
@@ -34,6 +34,7 @@ def draw(job_id: str) -> None:
     st.fragment(_live, run_every=0.5)(job_id)
 
 
+@told
 def _live(job_id: str) -> None:
     desk = service()
     try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from mega_core.records import EditRequest
-from pages.components.text import KINDS, MODULES, cell_name, percent, signed
+from pages.components.text import KINDS, cell_name, percent, signed
+
+_KINDS = {"attn": "attention", "ffn": "MLP"}
 
 
 def ordinal(place: int) -> str:
@@ -96,7 +98,7 @@ def of_cell(cells: pd.DataFrame, layer: int, module: str, candidate: str, reques
     turn = "raised" if change > 0 else "lowered"
     flips = " It changed sign." if before * after < 0 else ""
     return (
-        f"The edit {turn} this {MODULES.get(module, module)}'s push toward {explained(candidate, request)} from "
+        f"The edit {turn} this {_KINDS.get(module, module)} module's push toward {explained(candidate, request)} from "
         f"{signed(before)} to "
         f"{signed(after)} nats: the {ordinal(int(mine.loc['change', 'place']))} of {total} changes, "
         f"{float(mine.loc['change', 'share']):.0%} of their sum.{flips}"
@@ -116,7 +118,7 @@ def of_profile(cells: pd.DataFrame, candidate: str, request: EditRequest) -> tup
         f"By layer: the turn happens at layer {layer}",
         f"Layer {layer} moves by {signed(by_layer[layer])} nats toward {explained(candidate, request)}; over all "
         f"layers "
-        f"{MODULES.get(module, module)} modules move by {signed(by_module[module])} nats.",
+        f"{_KINDS.get(module, module)} modules move by {signed(by_module[module])} nats.",
     )
 
 

@@ -12,11 +12,24 @@ import altair as alt
 import pandas as pd
 import streamlit as st
 
-from mega_core.evaluation.text import verdict
+from mega_core.evaluation.text import reading, verdict
 from mega_core.records import EditRequest, Report
 from mega_core.summary import outcome
 from pages.components import charts, readings, tables
-from pages.components.text import KINDS, MODULES, STATES, cell_name, csv_bytes, marked, md, percent, seconds, word_diff
+from pages.components.session import told
+from pages.components.text import (
+    KINDS,
+    MODULES,
+    STATES,
+    cell_name,
+    clip,
+    csv_bytes,
+    marked,
+    md,
+    percent,
+    seconds,
+    word_diff,
+)
 
 OUTCOMES = {
     "works": ("Works", ":material/check_circle:", "green"),
@@ -148,8 +161,34 @@ def _twin(label: str, frame: pd.DataFrame, name: str, key: str, config: Mapping[
         _csv_button("Download CSV", frame, name, key=f"{key}_csv")
 
 
-def _draw(chart: alt.LayerChart, key: str, description: str) -> None:
-    st.altair_chart(chart, width="stretch", key=key, alt=description)
+@st.cache_data(max_entries=256, show_spinner=False)
+def _spec(
+    digest: str, picture: str, candidate: str = "", place: tuple[int, str] | None = None, *, _report: Report
+) -> dict[str, Any]:
+    """The specification of one picture of a run. Kept, and not checked again: building one takes longer than drawing
+    it.
+    """
+    data = _prepared(digest, _report)
+    cells, edited = data["cells"], data["edited"]
+    chart: alt.LayerChart
+    if picture == "next":
+        chart = charts.next_token_bars(data["next"])
+    elif picture == "evidence":
+        chart = charts.margin_dumbbell(data["evidence"], axis_title=_margin_words(data["evidence"]))
+    elif picture == "profile":
+        chart = charts.layer_profile(cells, edited, candidate=candidate)
+    else:
+        limit = tables.shared_limit(cells)
+        chart = charts.module_map(cells, edited, candidate=candidate, limit=limit, selected=place)
+    return chart.to_dict(validate=False)
+
+
+def _margin_words(evidence: pd.DataFrame) -> str:
+    return "log P(new) − log P(original), nats" if "p_true_after" in evidence else "log P(new), nats"
+
+
+def _draw(spec: dict[str, Any], key: str, description: str) -> None:
+    st.vega_lite_chart(spec=spec, width="stretch", key=key, alt=description)
 
 
 def answers(report: Report) -> None:
@@ -174,7 +213,7 @@ def answers(report: Report) -> None:
             "the whole object.",
         ),
     )
-    _draw(charts.next_token_bars(table), "chart_next", f"Bar chart. {sentence}")
+    _draw(_spec(report.digest, "next", _report=report), "chart_next", f"Bar chart. {sentence}")
     st.caption(f"{md(sentence)} Hollow bars are the base model, filled bars the edited one. A leading dot is a space.")
     wide = table.pivot_table(
         index=["token", "role"], columns="state", values="prob", aggfunc="first", sort=False
@@ -244,6 +283,7 @@ def _cards(report: Report, evidence: pd.DataFrame) -> None:
 
 
 @st.fragment
+@told
 def _continuations(request: EditRequest, texts: pd.DataFrame) -> None:
     if texts.empty:
         return
@@ -301,10 +341,9 @@ def evidence(report: Report) -> None:
         ),
     )
     left, right = st.columns([2, 3], gap="medium")
-    axis = "log P(new) − log P(original), nats" if has_true else "log P(new), nats"
     with left:
         _draw(
-            charts.margin_dumbbell(table, axis_title=axis), "chart_evidence", f"Dumbbell chart of margins. {sentence}"
+            _spec(report.digest, "evidence", _report=report), "chart_evidence", f"Dumbbell chart of margins. {sentence}"
         )
         st.caption(f"{md(sentence)} Hollow: base model, filled: edited model.")
     shown = table.assign(
@@ -335,6 +374,7 @@ def evidence(report: Report) -> None:
             shown[columns],
             hide_index=True,
             column_config=config,
+            height="content" if len(shown) <= 16 else "auto",
             key="evidence_table",
             alt=f"Evidence by prompt. {sentence}",
         )
@@ -373,7 +413,16 @@ def _clicked(chart_key: str, pick_key: str, places: list[tuple[int, str]]) -> Ca
     return on_click
 
 
+def _candidate_label(candidate: str, request: EditRequest) -> str:
+    """Short, and never the same for two candidates: the browser sends the label back."""
+    if candidate == "difference":
+        return "difference"
+    word = "new" if candidate == "new" else "original"
+    return f"{md(clip(readings.explained(candidate, request), 20))} ({word})"
+
+
 @st.fragment
+@told
 def anatomy(report: Report) -> None:
     """Layer x module map with a detail panel, and the layer profile with the sum check."""
     data = _prepared(report.digest, report)
@@ -388,7 +437,7 @@ def anatomy(report: Report) -> None:
             "Explain",
             present,
             default=present[-1],
-            format_func=lambda c: md(readings.explained(c, request)),
+            format_func=lambda c: _candidate_label(c, request),
             key="anatomy_candidate",
             required=True,
             persist_state="session",
@@ -412,6 +461,8 @@ def anatomy(report: Report) -> None:
             width=220,
         )
     title, sentence = readings.of_module_map(cells, candidate, request)
+    if candidate == "new":
+        sentence = reading(report.frames["module_scores"], request.target_new)
     left, right = st.columns([2, 1], gap="medium")
     with left:
         _heading(
@@ -431,9 +482,8 @@ def anatomy(report: Report) -> None:
             level=3,
         )
         chart_key = f"chart_map_{report.digest[:8]}"
-        chart = charts.module_map(cells, edited, candidate=candidate, limit=tables.shared_limit(cells), selected=place)
-        st.altair_chart(
-            chart,
+        st.vega_lite_chart(
+            spec=_spec(report.digest, "map", candidate, place, _report=report),
             width="stretch",
             key=chart_key,
             on_select=_clicked(chart_key, pick_key, places),
@@ -449,7 +499,7 @@ def anatomy(report: Report) -> None:
     with left:
         st.subheader(md(title), anchor=False)
         _draw(
-            charts.layer_profile(cells, edited, candidate=candidate),
+            _spec(report.digest, "profile", candidate, _report=report),
             "chart_profile",
             f"Line chart by layer. {sentence}",
         )
@@ -505,7 +555,7 @@ def _detail(cells: pd.DataFrame, place: tuple[int, str], candidate: str, request
             shown,
             hide_index=True,
             column_config={
-                "object": st.column_config.TextColumn("Object", width=84),
+                "object": st.column_config.TextColumn("Object", width=108),
                 **{s: st.column_config.NumberColumn(STATES[s], format="%+.2f") for s in tables.STATES},
                 "share": st.column_config.NumberColumn(
                     "Share", format="percent", help="of the sum of all absolute changes"

@@ -19,7 +19,7 @@ from mega_core.errors import ActionableError, BadInput
 from mega_core.records import MAX_SUBJECT, MAX_TARGET, MAX_TEMPLATE, EditRequest, Inspection
 from mega_core.service import ModelInfo, Service
 from pages.components import method_picker
-from pages.components.session import owner, service, tell
+from pages.components.session import owner, service, tell, told
 from pages.components.text import md
 
 FIELDS: Mapping[str, Any] = {
@@ -80,7 +80,7 @@ def draft_of_plan(plan: Inspection) -> dict[str, Any]:
         "edit_model": plan.model.name,
         "edit_method": plan.method.name,
         "edit_seed": plan.seed,
-        **{key: f"{value:g}" if isinstance(value, float) else value for key, value in knobs.items()},
+        **{key: repr(value) if isinstance(value, float) else value for key, value in knobs.items()},
     }
 
 
@@ -94,6 +94,7 @@ def reset() -> None:
 
 
 @st.fragment
+@told
 def draw_form() -> None:
     """The whole form. Run plans the edit on the server; a problem is told at its field and nothing typed is lost."""
     desk = service()
@@ -196,6 +197,17 @@ def draw_form() -> None:
     if run and method is not None:
         _run(desk, model.name, method.name, values)
     _complaint("")
+
+
+def warm_up() -> None:
+    """Start loading the chosen model in the background, so that the first edit doesn't wait for it."""
+    desk = service()
+    name = st.session_state.get("edit_model")
+    if name != st.session_state.get("edit_warmed") and any(
+        info.name == name and info.available for info in desk.models()
+    ):
+        st.session_state["edit_warmed"] = name
+        desk.warm_up(str(name))
 
 
 def _model(desk: Service) -> ModelInfo:
@@ -354,6 +366,7 @@ def _listen(desk: Service) -> None:
         return
 
     @st.fragment(run_every=0.5)
+    @told
     def listening() -> None:
         try:
             view = desk.job(job_id, owner())

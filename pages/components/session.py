@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import re
 import secrets
+from collections.abc import Callable
+from functools import wraps
 from hashlib import sha256
+from typing import ParamSpec
 
 import streamlit as st
 
 from mega_core.errors import ActionableError
 from mega_core.service import Service
 from pages.components.text import md
+
+P = ParamSpec("P")
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +59,19 @@ def run_in_address() -> str | None:
     if asked is None:
         return None
     return asked if RUN_ID.fullmatch(asked) else ""
+
+
+def told(draw: Callable[P, None]) -> Callable[P, None]:
+    """A fragment's body with its errors told in its place; without it Streamlit's own box would show."""
+
+    @wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            draw(*args, **kwargs)
+        except Exception as error:  # a rerun or a stop is a BaseException and passes
+            tell(error)
+
+    return drawn
 
 
 def tell(error: Exception) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mega_core.records import Report
+from pages.components.text import percent
 
 STATES = ("before", "after", "change")
 CANDIDATES = ("new", "true", "difference")
@@ -87,14 +88,16 @@ def edited_places(report: Report) -> pd.DataFrame:
     return places.groupby(["layer", "module"], as_index=False)["relative_norm"].max()
 
 
-def next_tokens(report: Report, case: int = 0, top: int = 6) -> pd.DataFrame:
-    """First-token probabilities after the edit prompt: the top tokens of both states and both objects. Columns
-    token, state, prob, role.
+def next_tokens(report: Report, case: int = 0, top: int = 6, least: float = 0.002) -> pd.DataFrame:
+    """First-token probabilities after the edit prompt: both objects, and the top tokens of either state that matter.
+
+    Columns token, state, prob, role and the probability in words (percent); the likeliest token (in either state)
+    first.
     """
     request = report.question.requests[case]
     tokens = _case(report, "next_tokens", case)
     answers = _case(report, "answers", case)
-    rows = []
+    rows: list[tuple[str, str, float]] = []
     roles: dict[str, str] = {}
     if not answers.empty:
         mine = answers[(answers["prompt_kind"] == "edit") & (answers["prompt"] == request.prompt)]
@@ -102,16 +105,17 @@ def next_tokens(report: Report, case: int = 0, top: int = 6) -> pd.DataFrame:
             roles.setdefault(row.token, row.candidate)
             rows.append((row.token, row.state, float(row.first_prob)))
     if not tokens.empty:
-        mine = tokens[(tokens["prompt"] == request.prompt) & (tokens["rank"] <= top)]
-        listed = set(mine["token"])
-        for row in tokens[(tokens["prompt"] == request.prompt) & tokens["token"].isin(listed)].itertuples():
+        mine = tokens[tokens["prompt"] == request.prompt]
+        listed = set(mine[(mine["rank"] <= top) & (mine["prob"] >= least)]["token"])
+        for row in mine[mine["token"].isin(listed)].itertuples():
             rows.append((row.token, row.state, float(row.prob)))
     table = pd.DataFrame(rows, columns=["token", "state", "prob"]).drop_duplicates(["token", "state"])
     table["role"] = [roles.get(token, "other") for token in table["token"]]
-    order = table.groupby("token")["prob"].max()
-    after = table[table["state"] == "after"].set_index("token")["prob"]
-    table["order"] = table["token"].map(after).fillna(0.0) + table["token"].map(order) * 1e-6
-    return table.sort_values(["order", "state"], ascending=[False, False], kind="stable").reset_index(drop=True)
+    highest = table.groupby("token")["prob"].transform("max")
+    words = [percent(prob) for prob in table["prob"]]
+    return table.assign(highest=highest, percent=words).sort_values(
+        ["highest", "token", "state"], ascending=[False, True, False], kind="stable", ignore_index=True
+    )
 
 
 def evidence(report: Report, case: int = 0) -> pd.DataFrame:

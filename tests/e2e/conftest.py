@@ -140,6 +140,10 @@ class Window:
         """Wait until a text is visible."""
         self.page.get_by_text(text).first.wait_for(state="visible")
 
+    def see_result(self) -> None:
+        """Wait until a run is shown whole."""
+        self.page.get_by_role("heading", name="Where in the network", exact=True).wait_for()
+
     def settle(self) -> None:
         """Wait until the app has stopped working."""
         self.page.wait_for_function(
@@ -159,6 +163,12 @@ class Window:
         box = self.page.get_by_label(label, exact=True)
         box.fill(text)
         box.press("Tab")
+
+    def holds(self, label: str, text: str) -> None:
+        """Wait until a field holds a text: the browser fills it a moment after it is drawn."""
+        from playwright.sync_api import expect
+
+        expect(self.page.get_by_label(label, exact=True)).to_have_value(text, timeout=10_000)
 
     def press(self, name: str) -> None:
         """Click a button once it can be clicked."""

@@ -53,7 +53,7 @@ def test_from_start_over_an_example_to_the_detail(server, window):
     one = window(server)
     one.go("/", "Edit Anatomy")
     one.press("Open")
-    one.see("Where in the network")
+    one.see_result()
     assert re.search(r"run=[0-9a-f]{64}", one.page.url)
     place = click_a_cell(one)
     one.page.get_by_role("heading", name=place).wait_for()
@@ -63,17 +63,18 @@ def test_an_own_edit_its_detail_and_its_link(server, window):
     one = window(server)
     one.go("/edit", "What you will see here")
     fill_tower(one)
-    one.page.keyboard.press("Control+Enter")
-    one.see("Where in the network")
+    one.page.get_by_label("New object", exact=True).press("Control+Enter")
+    one.see_result()
     place = click_a_cell(one)
     one.page.get_by_role("heading", name=place).wait_for()
     link = re.search(r"\?run=[0-9a-f]{64}", one.page.url)
     assert link
     other = window(server)
     began = time.monotonic()
-    other.go(f"/edit{link[0]}", "Where in the network")
+    other.go(f"/edit{link[0]}", "Edit trial")
+    other.see_result()
     assert time.monotonic() - began < 15
-    assert other.page.get_by_label("Subject", exact=True).input_value() == "Eiffel Tower"
+    other.holds("Subject", "Eiffel Tower")
     one.go("/runs", "Select a row")
 
 
@@ -92,7 +93,7 @@ def test_cancel(server, window):
     one.press("Run this edit")
     one.press("Cancel")
     one.see("Cancelled. The model was given back")
-    assert one.page.get_by_label("New object", exact=True).input_value() == "Madrid"
+    one.holds("New object", "Madrid")
 
 
 def test_a_mistake_is_told_in_the_form(server, window):

@@ -47,6 +47,24 @@ HOSTILE = EditRequest(
     neighbours=("- list <script>window.__x=1</script>",),
 )
 LAYERS = 8
+KNOBS = (
+    Knob(
+        "layer", int, None, "The layer whose MLP is edited; empty means the model's own.", low=0, high=96, optional=True
+    ),
+    Knob("steps", int, 20, "Steps of the value optimisation.", low=1, high=200),
+    Knob("learning_rate", float, 0.5, "Step size of the optimisation.", low=1e-5, high=10.0),
+    Knob(
+        "shrinkage",
+        float,
+        None,
+        "Share of a plain average; empty means by text size.",
+        low=0.0,
+        high=1.0,
+        optional=True,
+    ),
+    Knob("fact_token", str, "last", "Which subject token is edited.", choices=("last", "first")),
+    Knob("use_covariance", bool, True, "Spare other keys by their second moments."),
+)
 
 
 def make_report(
@@ -178,7 +196,10 @@ def make_report(
     from mega_core.evaluation.metrics import measure
 
     question = Inspection(
-        ModelRef("atlas-gpt2"), MethodRef(method, 1, (("layer", 3), ("steps", 20))), (request,), seed=seed
+        ModelRef("atlas-gpt2"),
+        MethodRef(method, 1, tuple((knob.name, knob.default) for knob in KNOBS)),
+        (request,),
+        seed=seed,
     )
     return Report(
         question=question,
@@ -232,17 +253,6 @@ def card(report: Report) -> Card:
         path=Path("none"),
         held=report,
     )
-
-
-KNOBS = (
-    Knob(
-        "layer", int, None, "The layer whose MLP is edited; empty means the model's own.", low=0, high=96, optional=True
-    ),
-    Knob("steps", int, 20, "Steps of the value optimisation.", low=1, high=200),
-    Knob("learning_rate", float, 0.5, "Step size of the optimisation.", low=1e-5, high=10.0),
-    Knob("fact_token", str, "last", "Which subject token is edited.", choices=("last", "first")),
-    Knob("use_covariance", bool, True, "Spare other keys by their second moments."),
-)
 
 
 @dataclass

@@ -155,6 +155,6 @@ class TestTables:
     def test_next_tokens_hold_both_states_and_objects(self):
         table = tables.next_tokens(WORKS)
         assert set(table["state"]) == {"before", "after"}
-        assert table.iloc[0]["token"] == " Rome"
+        assert table.iloc[0]["token"] == " Paris"
         assert {"new", "true", "other"} == set(table["role"])
         assert isinstance(table, pd.DataFrame)

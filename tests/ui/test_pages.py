@@ -75,6 +75,7 @@ class TestEdit:
         assert plan.requests[0].paraphrases == ("The Eiffel Tower is in", "Where is the Eiffel Tower? In")
         assert dict(plan.method.params)["learning_rate"] == 0.5
         assert dict(plan.method.params)["layer"] is None
+        assert dict(plan.method.params)["shrinkage"] is None
         assert "Running for 1.9 s" in words(at)
         assert "9 of 20" in words(at)
         assert at.button(key="edit_run").disabled
@@ -180,16 +181,13 @@ class TestEdit:
         assert at.text_input(key="edit_subject").value == "Eiffel Tower"
         assert not desk.submitted
 
-    def test_the_same_question_again_shows_the_stored_result(self, desk, visit):
-        at = fill(visit("edit"))
+    @pytest.mark.parametrize("report", [WORKS, FAILS])
+    def test_a_shown_run_asked_again_is_the_same_question(self, desk, visit, report):
+        at = visit("edit", run=report.digest)
         at.button(key="edit_run").click().run()
-        (plan,) = desk.submitted
-        at.button(key="edit_cancel").click().run()
-        digest = desk.digest(plan)
-        desk.reports[digest] = replace(FAILS, question=plan, digest=digest)
-        at.button(key="edit_run").click().run()
-        assert len(desk.submitted) == 1
-        assert "Rome is not the most likely answer" in words(at)
+        assert not at.exception
+        assert not desk.submitted
+        assert at.query_params["run"] in (report.digest, [report.digest])
 
     def test_a_click_on_the_map_opens_the_detail(self, visit):
         at = visit("edit", run=WORKS.digest)
@@ -197,7 +195,7 @@ class TestEdit:
         at.selectbox(key=pick).set_value((5, "attn")).run()
         assert not at.exception
         assert "Layer 5 · Attention" in words(at)
-        assert "this Attention's push toward Rome rather than Paris" in words(at)
+        assert "this attention module's push toward Rome rather than Paris" in words(at)
 
     def test_ask_the_model_fills_the_original_object(self, desk, visit):
         at = fill(visit("edit"), true="")
