@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from mega_core.records import EditRequest
-from pages.components.text import KINDS, cell_name, percent, signed
+from mega_core.summary import percent
+from pages.components.text import KINDS, cell_name, signed
 
 _KINDS = {"attn": "attention", "ffn": "MLP"}
 

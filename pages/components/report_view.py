@@ -14,7 +14,7 @@ import streamlit as st
 
 from mega_core.evaluation.text import reading, verdict
 from mega_core.records import EditRequest, Report
-from mega_core.summary import outcome
+from mega_core.summary import outcome, percent
 from pages.components import charts, readings, tables
 from pages.components.session import told
 from pages.components.text import (
@@ -26,7 +26,6 @@ from pages.components.text import (
     csv_bytes,
     marked,
     md,
-    percent,
     seconds,
     word_diff,
 )
@@ -184,7 +183,7 @@ def _spec(
 
 
 def _margin_words(evidence: pd.DataFrame) -> str:
-    return "log P(new) − log P(original), nats" if "p_true_after" in evidence else "log P(new), nats"
+    return "new − original, nats per token" if "p_true_after" in evidence else "new, nats per token"
 
 
 def _draw(spec: dict[str, Any], key: str, description: str) -> None:
@@ -257,7 +256,8 @@ def _cards(report: Report, evidence: pd.DataFrame) -> None:
             columns[2],
             "paraphrase",
             "Paraphrases say it",
-            f"Paraphrase success: share of paraphrases with the {rule}, whole objects. Never used for fitting.",
+            f"Paraphrase success: share of paraphrases with the {rule}, by mean log-probability "
+            "per token. Never used for fitting.",
         ),
         (
             columns[3],
@@ -333,10 +333,11 @@ def evidence(report: Report) -> None:
         (
             "For each prompt, how much more likely the new object is than the original one, before (hollow) and after "
             "(filled) the edit.",
-            "Margin = log P(new) − log P(original), each the sum of the log-probabilities of all tokens of the "
-            "object, in nats. Edit prompts and "
-            "paraphrases hold when the margin is positive after the edit, neighbours when it is negative.",
-            "Longer objects get lower probabilities. A margin says which of the two is preferred, not whether either "
+            "Margin = mean log-probability per token of the new object minus that of the original, in nats (ROME's "
+            "protocol, as in the verdict). Edit prompts and paraphrases hold when the margin "
+            "is positive after the edit, neighbours when it is negative.",
+            "The probabilities in the table are of whole objects: longer ones get lower. "
+            "A margin says which of the two is preferred, not whether either "
             "is the top answer.",
         ),
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mega_core.records import Report
-from pages.components.text import percent
+from mega_core.summary import percent
 
 STATES = ("before", "after", "change")
 CANDIDATES = ("new", "true", "difference")
@@ -119,12 +119,12 @@ def next_tokens(report: Report, case: int = 0, top: int = 6, least: float = 0.00
 
 
 def evidence(report: Report, case: int = 0) -> pd.DataFrame:
-    """One row per prompt: probabilities of both objects before and after, the margin log P(new) - log P(true), and
-    whether it passes.
+    """One row per prompt: probabilities of both objects before and after, the margin between their mean
+    log-probabilities per token (as ROME's scores and the verdict count), and whether it passes.
 
     An edit prompt or paraphrase passes when the new object is more likely after the edit; a neighbour when the
-    original still is. Without an original object the margin is log P(new) and the rule asks whether the new object's
-    first token is the top answer.
+    original still is. Without an original object the margin is that of the new one and the rule asks whether
+    the new object's first token is the top answer.
     """
     answers = _case(report, "answers", case)
     if answers.empty:
@@ -132,7 +132,7 @@ def evidence(report: Report, case: int = 0) -> pd.DataFrame:
     values = answers.pivot_table(
         index=["prompt_kind", "prompt"],
         columns=["candidate", "state"],
-        values=["prob", "logprob", "is_top"],
+        values=["prob", "mean_logprob", "is_top"],
         aggfunc="first",
         sort=False,
     )
@@ -143,9 +143,9 @@ def evidence(report: Report, case: int = 0) -> pd.DataFrame:
             if ("prob", candidate, state) in values:
                 table[f"p_{candidate}_{state}"] = values[("prob", candidate, state)].astype(float)
     for state in ("before", "after"):
-        margin = values[("logprob", "new", state)].astype(float)
+        margin = values[("mean_logprob", "new", state)].astype(float)
         if has_true:
-            margin = margin - values[("logprob", "true", state)].astype(float)
+            margin = margin - values[("mean_logprob", "true", state)].astype(float)
             says_new = margin > 0
         else:
             says_new = values[("is_top", "new", state)].astype(bool)

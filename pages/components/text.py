@@ -90,18 +90,6 @@ def signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
 
 
-def percent(probability: float) -> str:
-    """A probability: "91 %", "0.2 %", "< 0.01 %"."""
-    hundredths = 100 * probability
-    if hundredths >= 10:
-        return f"{hundredths:.0f} %"
-    if hundredths >= 0.995:
-        return f"{hundredths:.1f} %"
-    if hundredths >= 0.01:
-        return f"{hundredths:.2g} %"
-    return "< 0.01 %" if hundredths > 0 else "0 %"
-
-
 def token_label(token: str) -> str:
     """A token with its blanks visible: "·Rome"."""
     return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") or "∅"

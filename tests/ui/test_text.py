@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 from streamlit import config
 
+from mega_core.summary import percent
 from pages.components import session
 from pages.components.request_form import first_object
-from pages.components.text import clip, csv_bytes, marked, md, percent, seconds, word_diff
+from pages.components.text import clip, csv_bytes, marked, md, seconds, word_diff
 from tests.ui.fake import EVIL, HOSTILE
 
 ROOT = Path(__file__).resolve().parents[2]
