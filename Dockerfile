@@ -36,13 +36,11 @@ RUN useradd --create-home --uid 10001 --shell /usr/sbin/nologin app \
 
 WORKDIR /app
 
-# torch first and apart: it is the largest layer and changes least.
+# torch first and from its own index; any build of the pinned version satisfies requirements.txt afterwards.
 COPY requirements.txt ./
 # hadolint ignore=DL3013
 RUN pip install ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} "${TORCH}" \
-    && sed '/^torch==/d' requirements.txt > /tmp/others.txt \
-    && pip install -r /tmp/others.txt \
-    && rm /tmp/others.txt
+    && pip install -r requirements.txt
 
 COPY LICENSE README.md pyproject.toml app.py ./
 COPY .streamlit ./.streamlit
