@@ -1,8 +1,8 @@
 """What the model says: the same questions, put to the unedited and to the edited model.
 
 1. A context is the beginning of a text as token ids: a prompt, or a prompt followed by the first tokens of a candidate.
-2. Every context is asked once for its next token. One that begins another is read off there (no token sees what
-   follows it), so a prompt and its candidates share rows, and only the positions that are needed pass the head.
+2. Every context is asked once for its next token. A prompt that begins another context of its own is read off there (no
+   token sees what follows it), so a prompt and its candidates share rows, and only what is needed passes the head.
 3. Teacher forcing: log p(candidate | prompt) is the sum over its tokens of log p(token | context so far).
 4. Generations are greedy and see no target: they show what 3 can't, the text a person would get.
 """
@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import exp
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -35,7 +36,13 @@ GENERATED_PROMPTS = 2
 """Of the paraphrases, and of the neighbours; the edit prompt always is."""
 ROWS_GENERATED_AT_ONCE = 32
 
-Context = tuple[int, ...]
+
+class Context(NamedTuple):
+    """The beginning of a text."""
+
+    ids: tuple[int, ...]
+    start: int
+    """Where the prompt ends. A steered model answers a prompt otherwise than the same tokens inside a longer one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +71,12 @@ class _Question:
 
     @property
     def context(self) -> Context:
-        """The prompt's ids."""
-        return self.row.ids[: self.row.target_start]
+        """The prompt."""
+        return self.at(self.row.target_start)
+
+    def at(self, position: int) -> Context:
+        """The row up to, and without, this position."""
+        return Context(self.row.ids[:position], self.row.target_start)
 
 
 def look(
@@ -138,7 +149,8 @@ def prompt_tokens(lm: ModelAdapter, requests: Sequence[EditRequest]) -> pd.DataF
 
 def most_likely(lm: ModelAdapter, prompt: str, count: int = TOP) -> tuple[tuple[str, float], ...]:
     """The next tokens of any prompt with their probabilities, most likely first."""
-    context = tokens.prompt_ids(lm.tokenizer, prompt)
+    ids = tokens.prompt_ids(lm.tokenizer, prompt)
+    context = Context(ids, len(ids))
     found = distributions(lm, {context: ()}, top=count)[context]
     return tuple(
         (label, exp(found.logprob[i]))
@@ -164,8 +176,7 @@ def distributions(
 
 def _rows(contexts: Iterable[Context]) -> dict[Context, list[Context]]:
     """Row to run -> the contexts read off it, each the beginning of that row; longest first."""
-    listed = sorted(set(contexts), key=lambda context: (-len(context), context))
-    lengths = {len(context) for context in listed}
+    listed = sorted(set(contexts), key=lambda context: (-len(context.ids), context))
     holder: dict[Context, Context] = {}
     rows: dict[Context, list[Context]] = {}
     for context in listed:
@@ -173,8 +184,8 @@ def _rows(contexts: Iterable[Context]) -> dict[Context, list[Context]]:
         if row is None:
             row = context
             rows[row] = []
-            for n in lengths:
-                holder.setdefault(row[:n], row)
+            for n in range(row.start, len(row.ids) + 1):
+                holder.setdefault(Context(row.ids[:n], row.start), row)
         rows[row].append(context)
     return rows
 
@@ -184,12 +195,12 @@ def _batches(rows: Mapping[Context, list[Context]], vocab: int) -> Iterator[dict
     batch: dict[Context, list[Context]] = {}
     width = asked = 0
     for row, contexts in rows.items():
-        too_wide = max(width, len(row)) * (len(batch) + 1) > TOKENS_AT_ONCE
+        too_wide = max(width, len(row.ids)) * (len(batch) + 1) > TOKENS_AT_ONCE
         if batch and (too_wide or (asked + len(contexts)) * vocab > LOGITS_AT_ONCE):
             yield batch
             batch, width, asked = {}, 0, 0
         batch[row] = contexts
-        width, asked = max(width, len(row)), asked + len(contexts)
+        width, asked = max(width, len(row.ids)), asked + len(contexts)
     if batch:
         yield batch
 
@@ -198,10 +209,10 @@ def _read(
     lm: ModelAdapter, rows: Mapping[Context, list[Context]], wanted: Mapping[Context, Collection[int]], top: int
 ) -> Iterator[tuple[Context, NextToken]]:
     """Run one batch and read every context's distribution off it."""
-    batch = tokens.pack(lm.tokenizer, list(rows), lm.device)
+    batch = tokens.pack(lm.tokenizer, [row.ids for row in rows], lm.device, [row.start for row in rows])
     places = [(row, context) for row, contexts in enumerate(rows.values()) for context in contexts]
     at_row = torch.tensor([row for row, _ in places])
-    at_position = torch.tensor([len(context) - 1 for _, context in places])
+    at_position = torch.tensor([len(context.ids) - 1 for _, context in places])
     logits = lm.logits_at(batch, at_row, at_position).float()  # (n, vocab)
     partition = logits.logsumexp(-1)  # (n,)
     if not torch.isfinite(partition).all():
@@ -257,7 +268,7 @@ def _ask(lm: ModelAdapter, questions: Sequence[_Question], report: Reporter) -> 
     for question in questions:
         ids = question.row.ids
         for position in range(question.row.target_start, len(ids)):
-            wanted[ids[:position]].append(ids[position])
+            wanted[question.at(position)].append(ids[position])
     return distributions(lm, wanted, TOP, report)
 
 
@@ -268,7 +279,7 @@ def _answers(
     rows: list[dict[str, object]] = []
     for question, label in zip(questions, labels, strict=True):
         ids, start = question.row.ids, question.row.target_start
-        said = [(found[ids[:position]], ids[position]) for position in range(start, len(ids))]
+        said = [(found[question.at(position)], ids[position]) for position in range(start, len(ids))]
         logprob = sum(next_token.logprob[token] for next_token, token in said)  # 3.
         first, token = said[0]
         rows.append(

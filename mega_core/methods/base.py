@@ -39,6 +39,8 @@ class Knob:
     choices: tuple[str, ...] = ()
     optional: bool = False
     """True when None is a value too (it then means "the model's default")."""
+    ours: bool = False
+    """Whether the default is our choice, because the paper leaves it open or its value doesn't fit."""
 
     def parse(self, value: object, method: str) -> Scalar:
         """The value as this knob's kind, from text or plain. Raises BadInput naming method, parameter and range."""
@@ -96,11 +98,17 @@ _ARTICLE = {int: "a whole number", float: "a number", bool: "true or false", str
 
 
 def knob(
-    default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: Sequence[str] = ()
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: Sequence[str] = (),
+    ours: bool = False,
 ) -> Any:
-    """A field of a method's params dataclass, with what a form needs to draw it."""
+    """A field of a method's params dataclass, with what a form needs to draw it; `ours` marks a default of our own."""
     return dataclasses.field(
-        default=default, metadata={"help": help, "low": low, "high": high, "choices": tuple(choices)}
+        default=default, metadata={"help": help, "low": low, "high": high, "choices": tuple(choices), "ours": ours}
     )
 
 
@@ -112,7 +120,7 @@ class Method(Generic[P]):
     title: str
     summary: str
     """One plain sentence for the picker."""
-    family: Literal["weights", "steering", "prompt"]
+    family: Literal["weights", "steering", "memory", "prompt"]
     paper: str
     params: type[P]
     """A frozen dataclass; its fields are made with knob()."""
@@ -154,7 +162,9 @@ def _knob(field: dataclasses.Field[Any], hint: Any) -> Knob:
     kind = options[0] if optional else hint
     meta = field.metadata
     default = cast(Scalar, field.default)
-    return Knob(field.name, kind, default, meta["help"], meta["low"], meta["high"], meta["choices"], optional)
+    return Knob(
+        field.name, kind, default, meta["help"], meta["low"], meta["high"], meta["choices"], optional, meta["ours"]
+    )
 
 
 METHODS: Registry[Method[Any]] = Registry("method")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -32,6 +33,22 @@ class Memo(Protocol):
 
     def put_arrays(self, key: str, arrays: dict[str, Any]) -> object:
         """Keep them, if there is room."""
+        ...
+
+
+Prefix = Callable[[str], str]
+"""From a prompt to the text that is put in front of it; "" leaves it alone."""
+
+
+class Reader(Protocol):
+    """Wants to know what the model reads, because activations alone don't tell."""
+
+    def begin(self, batch: TokenBatch) -> None:
+        """The model is about to read these rows, each a prompt (up to `start`) and maybe the beginning of a target."""
+        ...
+
+    def advance(self, ids: Int[Tensor, " batch"]) -> None:
+        """Behind each row comes one more token (in generate, after the prompt)."""
         ...
 
 
@@ -66,6 +83,14 @@ class ModelAdapter:
         """Where methods keep statistics of the unedited model between runs; whoever holds the lease sets it."""
         self.past = 0
         """Positions already read: 0, except in generate() after the prompt, where hooks see one new one at a time."""
+        self.prefix: Prefix | None = None
+        """What is put in front of every prompt; see behind(). Positions, here and in hooks, never count it."""
+        self.readers: list[Reader] = []
+        """Told of every batch before the model reads it; see reading()."""
+        self.changes: list[Any] = []
+        """The changes that are true at the moment, first applied first."""
+        self.places: Int[Tensor, "batch pos"] | None = None
+        """During a forward behind a prefix: where the rows' own positions lie in what the model runs on."""
         self.capture_limits: list[tuple[int, int] | None] = []
         """How deep each open capture() must see; kept here so that nested captures know of each other."""
 
@@ -211,11 +236,38 @@ class ModelAdapter:
         if len(batch) > 1 and window and batch.ids.shape[1] + max_new_tokens > window:
             # A sliding window counts the padding between a short prompt and its new tokens; alone there is none.
             return [text for prompt in prompts for text in self.generate([prompt], max_new_tokens)]
-        self._check_length(batch)
-        room = self.max_positions - batch.ids.shape[1]
         with torch.no_grad():
-            new = self._greedy(batch, min(max_new_tokens, room))
+            new = self._greedy(batch, max_new_tokens)
         return [tokens.continuation(self.tokenizer, row, ids) for row, ids in zip(batch.rows(), new, strict=True)]
+
+    @contextmanager
+    def behind(self, prefix: Prefix) -> Iterator[None]:
+        """Put a text in front of every prompt inside the block. Inside another one, it stands nearer to the prompt."""
+        outer = self.prefix
+        self.prefix = prefix if outer is None else lambda prompt: outer(prompt) + prefix(prompt)
+        try:
+            yield
+        finally:
+            self.prefix = outer
+
+    @contextmanager
+    def reading(self, reader: Reader) -> Iterator[None]:
+        """Tell `reader` of every batch inside the block."""
+        self.readers.append(reader)
+        try:
+            yield
+        finally:
+            self.readers.remove(reader)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside the block the model reads without prefix and tells no reader: for a reader's own look at a prompt."""
+        kept = self.prefix, self.readers, self.places
+        self.prefix, self.readers, self.places = None, [], None
+        try:
+            yield
+        finally:
+            self.prefix, self.readers, self.places = kept
 
     # Being left as it was --------------------------------------------------------------------------------------------
 
@@ -260,9 +312,44 @@ class ModelAdapter:
 
     def _trunk(self, batch: TokenBatch) -> Float[Tensor, "batch pos d_model"]:
         """Final-normalised states. All-ones mask: padding is on the right, so causality keeps it out of real tokens."""
-        self._check_length(batch)
-        everything = torch.ones_like(batch.ids)  # without any mask the library warns about padding
-        return self.model.base_model(input_ids=batch.ids, attention_mask=everything, use_cache=False).last_hidden_state
+        for reader in self.readers:
+            reader.begin(batch)
+        full, places = self._with_prefix(batch)
+        self._check_length(full)
+        everything = torch.ones_like(full.ids)  # without any mask the library warns about padding
+        with self._placed(places):
+            hidden = self.model.base_model(
+                input_ids=full.ids, attention_mask=everything, use_cache=False
+            ).last_hidden_state
+        return hidden if places is None else hidden[_rows_of(places, hidden), places.to(hidden.device)]
+
+    def _with_prefix(self, batch: TokenBatch) -> tuple[TokenBatch, Int[Tensor, "batch pos"] | None]:
+        """What the model runs on, and where the batch's own positions lie in it (None: just there)."""
+        if self.prefix is None:
+            return batch, None
+        own = batch.rows()
+        texts = [
+            self.prefix(tokens.text_of(self.tokenizer, ids[:start]))
+            for ids, start in zip(own, batch.start.tolist(), strict=True)
+        ]
+        if not any(texts):
+            return batch, None
+        found = [
+            tokens.behind(self.tokenizer, text, ids) if text else (ids, tuple(range(len(ids))))
+            for text, ids in zip(texts, own, strict=True)
+        ]
+        width, device = batch.ids.shape[1], batch.ids.device
+        places = torch.tensor([[*where, *[0] * (width - len(where))] for _, where in found], device=device)
+        starts = [where[start - 1] + 1 for (_, where), start in zip(found, batch.start.tolist(), strict=True)]
+        return tokens.pack(self.tokenizer, [full for full, _ in found], device, starts), places
+
+    @contextmanager
+    def _placed(self, places: Int[Tensor, "batch pos"] | None) -> Iterator[None]:
+        outer, self.places = self.places, places
+        try:
+            yield
+        finally:
+            self.places = outer
 
     def _whole_trunk(self, batch: TokenBatch) -> Float[Tensor, "batch pos d_model"]:
         try:
@@ -278,6 +365,11 @@ class ModelAdapter:
     def _greedy(self, batch: TokenBatch, steps: int) -> list[list[int]]:
         from transformers import DynamicCache
 
+        for reader in self.readers:
+            reader.begin(batch)
+        batch, places = self._with_prefix(batch)
+        self._check_length(batch)
+        steps = min(steps, self.max_positions - batch.ids.shape[1])
         ends = self._end_ids()
         cache = DynamicCache(config=self.model.config)
         rows = torch.arange(len(batch), device=batch.ids.device)
@@ -289,9 +381,14 @@ class ModelAdapter:
         try:
             for step in range(steps):
                 self.past = 0 if step == 0 else batch.ids.shape[1] + step - 1
-                hidden = self.model.base_model(
-                    input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-                ).last_hidden_state
+                with self._placed(places if step == 0 else None):
+                    hidden = self.model.base_model(
+                        input_ids=ids,
+                        attention_mask=mask,
+                        position_ids=positions,
+                        past_key_values=cache,
+                        use_cache=True,
+                    ).last_hidden_state
                 best = self._to_head(hidden[rows, at]).argmax(-1)  # (batch,)
                 for row, token in enumerate(best.tolist()):
                     going[row] = going[row] and token not in ends
@@ -300,6 +397,8 @@ class ModelAdapter:
                 if not any(going):
                     break
                 ids = best[:, None].to(batch.ids.device)
+                for reader in self.readers:
+                    reader.advance(ids[:, 0])
                 positions = (batch.last + 1 + step)[:, None]
                 mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)
                 at = torch.zeros_like(batch.last)
@@ -376,6 +475,11 @@ def bit_sums(tensor: Tensor) -> Int[Tensor, " 2"]:
 
 _CHUNK = 2**24
 _MULTIPLIER = 0x1E3779B97F4A7C15  # spreads the positions over all 64 bits
+
+
+def _rows_of(places: Int[Tensor, "batch pos"], value: Tensor) -> Int[Tensor, "batch 1"]:
+    """The row numbers that go with `places` when both index `value`."""
+    return torch.arange(len(places), device=value.device)[:, None]
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -17,6 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -121,6 +122,29 @@ def intervene(lm: ModelAdapter, changes: Mapping[Site, Fn]) -> Iterator[None]:
         yield
 
 
+def _own_positions(lm: ModelAdapter, site: Site, see: _See) -> _See:
+    """Behind a prefix, show `see` only the positions of the rows themselves, and put back what it changes there."""
+
+    def look(value: Tensor) -> Tensor | None:
+        if lm.places is None:
+            return see(value)
+        places = lm.places.to(value.device)  # (batch, pos), 0 at padding
+        rows = torch.arange(len(places), device=value.device)[:, None]
+        if site.part == "pattern":  # (batch, head, pos, pos): what goes to the prefix is left out
+            queries = value.transpose(1, 2)[rows, places]  # (batch, pos, head, all)
+            return see(queries.permute(0, 3, 1, 2)[rows, places].permute(0, 3, 2, 1))
+        new = see(value[rows, places])
+        if new is None:
+            return None
+        changed = value.clone()
+        real = places > 0
+        real[:, 0] = True
+        changed[rows.expand_as(places)[real], places[real]] = new[real]
+        return changed
+
+    return look
+
+
 def untuple(output: Any) -> Tensor:
     """The tensor in a module's output: bare in some modules, first of a tuple in others, and it varies by version."""
     return output[0] if isinstance(output, tuple | list) else output
@@ -133,6 +157,7 @@ def _retuple(output: Any, new: Tensor) -> Any:
 def _place(stack: ExitStack, lm: ModelAdapter, site: Site, see: _See) -> None:
     """Register what is needed so that `see` gets the value at `site`; a tensor it returns replaces the value."""
     layer = site.layer
+    see = _own_positions(lm, site, see)
     if site.part == "block_in":
         _on_input(stack, lm.block(layer), see)
     elif site.part == "attn_out_in":

@@ -7,6 +7,7 @@ Prompts carry no blank at their end; the blank before a target belongs to the ta
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ class TokenBatch:
     """True at real tokens."""
     last: Int[Tensor, " batch"]
     """Index of each row's last real token."""
+    start: Int[Tensor, " batch"]
+    """Index of the first token after each row's prompt: last + 1, or where a target begins that is read along."""
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -74,9 +77,12 @@ def encode(
 
 
 def pack(
-    tokenizer: PreTrainedTokenizerFast, rows: Iterable[Sequence[int]], device: torch.device | str = "cpu"
+    tokenizer: PreTrainedTokenizerFast,
+    rows: Iterable[Sequence[int]],
+    device: torch.device | str = "cpu",
+    starts: Sequence[int] | None = None,
 ) -> TokenBatch:
-    """Rows of ids (such as Row.ids) as one right-padded batch."""
+    """Rows of ids (such as Row.ids) as one right-padded batch; `starts` tells where their prompts end."""
     listed = [list(row) for row in rows]
     if not listed or not all(listed):
         raise BadInput("prompt", "there is nothing to run.", "Give at least one prompt of one token.")
@@ -85,7 +91,35 @@ def pack(
     pad = pad_id(tokenizer)
     ids = torch.tensor([row + [pad] * (width - len(row)) for row in listed])
     mask = torch.arange(width) < lengths[:, None]  # (batch, pos)
-    return TokenBatch(ids.to(device), mask.to(device), (lengths - 1).to(device))
+    start = lengths if starts is None else torch.tensor(list(starts))
+    return TokenBatch(ids.to(device), mask.to(device), (lengths - 1).to(device), start.to(device))
+
+
+def behind(
+    tokenizer: PreTrainedTokenizerFast, prefix: str, ids: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A row of ids with a text put in front, read as one text; and where each of the row's tokens went.
+
+    The row's first word may be cut into other tokens there (it may gain a blank); then a token went to the one that
+    holds its last character. All later tokens are the same ones. Special tokens at the front stay there.
+    """
+    lead = leading_specials(tokenizer, ids)
+    own = tuple(ids[lead:])
+    text = _text(tokenizer, own)
+    again, spans = _encode(tokenizer, text)
+    if again[-len(own) :] == own:
+        full, places = _encode(tokenizer, prefix + text)
+        starts = [start for start, _ in places]
+        ends = [len(prefix) + end for _, end in spans[-len(own) :]]
+        return full, (*range(lead), *(bisect_left(starts, end) - 1 for end in ends))
+    full = _ids(tokenizer, prefix.rstrip(" ")) + own  # the text doesn't give these tokens again: keep them
+    return full, (*range(lead), *range(len(full) - len(own), len(full)))
+
+
+def leading_specials(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> int:
+    """How many special tokens (a BOS) the row begins with."""
+    specials = set(tokenizer.all_special_ids)
+    return next((i for i, token in enumerate(ids) if token not in specials), 0)
 
 
 def with_target(tokenizer: PreTrainedTokenizerFast, prompt: str, target: str) -> Row:
@@ -152,6 +186,11 @@ def continuation(tokenizer: PreTrainedTokenizerFast, prompt: Sequence[int], new:
     """The text that `new` adds after `prompt`."""
     both, before = _text(tokenizer, [*prompt, *new]), _text(tokenizer, prompt)
     return both[len(before) :] if both.startswith(before) else _text(tokenizer, new)
+
+
+def text_of(tokenizer: PreTrainedTokenizerFast, ids: Sequence[int]) -> str:
+    """The text of a row, without special tokens."""
+    return _text(tokenizer, ids)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerFast) -> int:

@@ -61,10 +61,11 @@ def test_the_object_the_model_would_write_is_greedy(lm: ModelAdapter) -> None:
         ids = list(tokens.prompt_ids(lm.tokenizer, prompt))
         for _ in range(2):
             ids.append(int(lm.last_logits(tokens.pack(lm.tokenizer, [ids])).argmax()))
-    context, (first, second) = tuple(ids[:-2]), ids[-2:]
-    found = looks.distributions(lm, {context: [first], (*context, first): [second]})
-    assert [found[context].best, found[(*context, first)].best] == [first, second]
-    assert found[context].rank[first] == found[(*context, first)].rank[second] == 1
+    start, (first, second) = len(ids) - 2, ids[-2:]
+    context, longer = looks.Context(tuple(ids[:-2]), start), looks.Context(tuple(ids[:-1]), start)
+    found = looks.distributions(lm, {context: [first], longer: [second]})
+    assert [found[context].best, found[longer].best] == [first, second]
+    assert found[context].rank[first] == found[longer].rank[second] == 1
 
 
 def test_batches_and_padding_change_nothing(lm: ModelAdapter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +181,13 @@ def test_cancelling_stops_at_the_next_step(tiny_lm) -> None:
 
 
 def test_contexts_that_begin_others_share_rows() -> None:
-    rows = looks._rows([(1, 2), (1, 2, 3), (4,), (1,), (4, 5)])
-    assert rows == {(1, 2, 3): [(1, 2, 3), (1, 2), (1,)], (4, 5): [(4, 5), (4,)]}
-    assert [list(batch) for batch in looks._batches(rows, vocab=2**25)] == [[(1, 2, 3)], [(4, 5)]]
+    one, whole, other, longer, alone = (
+        looks.Context((1, 2), 2),
+        looks.Context((1, 2, 3), 2),
+        looks.Context((4,), 1),
+        looks.Context((4, 5), 1),
+        looks.Context((1, 2, 3), 3),
+    )
+    rows = looks._rows([one, whole, other, longer, alone])
+    assert rows == {whole: [whole, one], alone: [alone], longer: [longer, other]}
+    assert [list(batch) for batch in looks._batches(rows, vocab=2**25)] == [[whole], [alone], [longer]]
