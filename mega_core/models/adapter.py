@@ -287,8 +287,9 @@ class ModelAdapter:
         return total.hexdigest()
 
     def hook_count(self) -> int:
-        """Hooks that were not there when the model was loaded."""
-        return sum(1 for key, _ in self._hooks() if key not in self._hooks_at_load)
+        """Whatever still watches or turns a forward pass and was not there at load: hooks, readers, a prefix."""
+        hooks = sum(1 for key, _ in self._hooks() if key not in self._hooks_at_load)
+        return hooks + len(self.readers) + (self.prefix is not None)
 
     # Inside ----------------------------------------------------------------------------------------------------------
 

@@ -126,7 +126,7 @@ def module_map(
                 tooltip=[
                     alt.Tooltip("layer:O", title="Edited layer"),
                     alt.Tooltip("module_name:N", title="Module"),
-                    alt.Tooltip("relative_norm:Q", title="Change / weight norm", format=".2%"),
+                    alt.Tooltip("relative_norm:Q", title="Relative size of the change", format=".2%"),
                 ],
             )
         )

@@ -11,7 +11,12 @@ from mega_core.records import Scalar
 from mega_core.service import MethodInfo
 from pages.components.text import md, seconds
 
-FAMILIES = {"weights": "changes weights", "steering": "steers activations", "prompt": "changes the prompt"}
+FAMILIES = {
+    "weights": "changes weights",
+    "steering": "steers activations",
+    "memory": "adds a memory",
+    "prompt": "changes the prompt",
+}
 
 
 def pick_method(methods: Sequence[MethodInfo]) -> MethodInfo | None:

@@ -568,31 +568,46 @@ def _detail(cells: pd.DataFrame, place: tuple[int, str], candidate: str, request
         )
 
 
+def _changes(change: pd.DataFrame | None) -> None:
+    """What was changed, in words and as a table: matrices, steered activations, a memory, or the prompt alone."""
+    if change is None or change.empty or set(change["kind"]) == {"prompt"}:
+        st.markdown(
+            "No weight was changed: a text stands in front of every prompt."
+            if change is not None and not change.empty
+            else "No weight was changed."
+        )
+        return
+    weights = bool((change["kind"] == "weights").any())
+    if not weights:
+        st.markdown("No weight was changed: activations are moved on their way, where and by how much is below.")
+    st.dataframe(
+        change,
+        hide_index=True,
+        column_config={
+            "layer": "Layer",
+            "site": "Tensor" if weights else "Place",
+            "kind": "Kind",
+            "norm": st.column_config.NumberColumn("Norm of change", format="%.3f"),
+            "relative_norm": st.column_config.NumberColumn(
+                "Relative",
+                format="percent",
+                help="against the unedited matrix, or for steering against the activation's usual norm",
+            ),
+            "rank": "Rank",
+            "parameters": st.column_config.NumberColumn("Parameters", format="localized", help="weights it touches"),
+        },
+        key="change_table",
+        alt="What was changed",
+    )
+
+
 def receipt(report: Report) -> None:
     """What was changed, how long it took, and the proof that the model was given back."""
     proof = report.receipt
     with st.expander("Edit receipt: what was changed, and proof that it was undone", icon=":material/receipt_long:"):
         left, right = st.columns([3, 2], gap="medium")
         with left:
-            change = report.frames.get("weight_change")
-            if change is None or change.empty:
-                st.markdown("No weight was changed.")
-            else:
-                st.dataframe(
-                    change,
-                    hide_index=True,
-                    column_config={
-                        "layer": "Layer",
-                        "site": "Tensor",
-                        "kind": "Kind",
-                        "norm": st.column_config.NumberColumn("Norm of change", format="%.3f"),
-                        "relative_norm": st.column_config.NumberColumn("Relative to weight", format="percent"),
-                        "rank": "Rank",
-                        "parameters": st.column_config.NumberColumn("Parameters", format="localized"),
-                    },
-                    key="change_table",
-                    alt="Changed tensors",
-                )
+            _changes(report.frames.get("weight_change"))
             stages = pd.DataFrame({"stage": list(report.timing), "seconds": list(report.timing.values())})
             st.dataframe(
                 stages,

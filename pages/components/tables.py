@@ -78,13 +78,15 @@ def sum_check(report: Report, case: int = 0) -> pd.DataFrame:
 
 
 def edited_places(report: Report) -> pd.DataFrame:
-    """Where the change acts: layer, module, norm, relative_norm."""
+    """Where the change acts: layer, module, relative_norm; nowhere when only the prompt is changed."""
     frame = report.frames.get("weight_change")
+    frame = None if frame is None else frame[frame["layer"] >= 0]
     if frame is None or frame.empty:
         return pd.DataFrame(
             {"layer": pd.Series(dtype=int), "module": pd.Series(dtype=str), "relative_norm": pd.Series(dtype=float)}
         )
-    places = frame.assign(module=np.where(frame["site"].str.contains("attn"), "attn", "ffn"))
+    early = frame["site"].str.contains("attn|resid_mid")
+    places = frame.assign(module=np.where(early, "attn", "ffn"))
     return places.groupby(["layer", "module"], as_index=False)["relative_norm"].max()
 
 

@@ -348,6 +348,7 @@ def test_a_second_model_waits_for_its_owner_but_not_for_others() -> None:
     gate = Gate()
     with jobs_of(gate) as jobs:
         ask(jobs, "a", model="x")
+        until(lambda: gate.started)  # each model has a thread of its own: which takes its question first is open
         mine = ask(jobs, "b", model="y")
         theirs = ask(jobs, "c", owner="bob", model="y")
         until(lambda: sorted(gate.started) == ["a", "c"])

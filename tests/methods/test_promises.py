@@ -134,8 +134,11 @@ def test_a_layer_that_is_not_there_is_refused(tiny_lm: Any, method: Method[Any])
 
 
 def test_a_prompt_longer_than_the_model_reads_is_refused(tiny_lm: Any, method: Method[Any]) -> None:
-    long = EditRequest("Rome", "wordy " * 80 + "{} is", "Madrid")
+    lm, long = tiny_lm("gpt2"), EditRequest("Rome", "wordy " * 80 + "{} is", "Madrid")
+
+    def edit_and_ask() -> None:
+        with method.prepare(lm, [long], _params(method), 0, silent).applied(lm):
+            _log_prob(lm, long)
+
     with pytest.raises(ActionableError):
-        change = method.prepare(tiny_lm("gpt2"), [long], _params(method), 0, silent)
-        with change.applied(tiny_lm("gpt2")):
-            _log_prob(tiny_lm("gpt2"), long)
+        edit_and_ask()
