@@ -10,10 +10,10 @@ STREAMLIT_SERVER_ADDRESS ?= 127.0.0.1
 export STREAMLIT_SERVER_PORT STREAMLIT_SERVER_ADDRESS
 
 .DEFAULT_GOAL := help
-.PHONY: help app test check format bench clean
+.PHONY: help app test check format bench bench-gpu clean
 
 help: ## list the tasks
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 app: $(VENV)/.runtime ## run the dashboard on http://127.0.0.1:8501 (STREAMLIT_SERVER_PORT changes the port)
 	$(BIN)/python -m streamlit run app.py --server.headless true
@@ -38,6 +38,12 @@ format: $(VENV)/.dev ## rewrite the files the way `make check` wants them
 
 bench: $(VENV)/.dev ## measure speed and promises (BENCH_ARGS="--json FILE --only NAME")
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-gpu: $(VENV)/.dev ## one edit of each method in the shapes of GPT-2 XL and Llama 2 7B; needs a CUDA device
+	$(BIN)/python -m bench --only gpu $(BENCH_ARGS)
+
+docs: $(VENV)/.runtime ## write docs/methods.md, the reference of all methods, from the code
+	@$(BIN)/python -m mega_core methods --markdown > docs/.methods.md && mv docs/.methods.md docs/methods.md
 
 clean: ## remove caches of the tools and the virtual environment; results in cache/ stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from statistics import quantiles
+from typing import TYPE_CHECKING, TypeVar
 
 from mega_core.embedded import examples
 from mega_core.records import EditRequest, Inspection
 from mega_core.service import Service
 from mega_core.settings import Settings
+
+if TYPE_CHECKING:
+    from mega_core.models.adapter import ModelAdapter
+
+T = TypeVar("T")
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is imported: its profiler would report every start
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +47,38 @@ def temporary_service(**changes: object) -> Iterator[Service]:
         settings = replace(Settings.read(), cache_dir=Path(folder), database_url="", **changes)  # type: ignore[arg-type]
         with Service.open(settings) as service:
             yield service
+
+
+def open_model(name: str) -> ModelAdapter:
+    """A model of the catalogue with its defaults' statistics kept in memory, as the service has it on its store."""
+    from mega_core.methods.covariance import Memory
+    from mega_core.models.loading import load
+
+    settings = Settings.read()
+    lm = load(settings.model(name), settings)
+    lm.memo = Memory()
+    return lm
+
+
+def peak_bytes(run: Callable[[], T], device: str = "cpu") -> tuple[T, int]:
+    """(result, most bytes of tensors alive at once that `run` made, beyond what was there before).
+
+    On the CPU every allocation and release of torch is counted, in order; other libraries' arrays are not.
+    """
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found = run()
+        torch.cuda.synchronize()
+        return found, torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as watched:
+        found = run()
+    events = watched.profiler.kineto_results.events()
+    steps = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    return found, max(accumulate(size for _, size in steps), default=0)
 
 
 def embedded_models(service: Service) -> list[str]:

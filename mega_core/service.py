@@ -26,7 +26,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mega_core.methods  # noqa: F401 - fills METHODS
-from mega_core import __version__
+from mega_core import __version__, folders
 from mega_core.attribution import VIEWS
 from mega_core.embedded import examples as shipped
 from mega_core.embedded import facts as known
@@ -50,7 +50,9 @@ from mega_core.records import (
     MAX_TEMPLATE,
     EditRequest,
     Inspection,
+    MethodRef,
     ModelRef,
+    Receipt,
     Report,
     Scalar,
     clean_text,
@@ -60,7 +62,9 @@ from mega_core.store import Store, StoreHealth
 from mega_core.summary import outcome
 
 if TYPE_CHECKING:
+    from mega_core.models.adapter import ModelAdapter
     from mega_core.models.pool import ModelPool
+    from mega_core.stack import EditStack
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +72,8 @@ TOP_TOKENS = 10
 ANSWER_TOKENS = 24
 KEPT_ANSWERS = 256
 KEPT_TIMINGS = 20
+MAX_TOGETHER = 128
+"""Facts edited together in one question: each is asked before and after, with all its prompts."""
 
 PROMISES = (
     "The base model is bit-identical after every run; each report shows the digests that prove it.",
@@ -154,6 +160,42 @@ class Status:
     notices: tuple[str, ...]
     """What works only in part, one sentence each; empty when all is well."""
     promises: tuple[str, ...] = PROMISES
+
+
+@dataclass(frozen=True, slots=True)
+class StackedEdit:
+    """One edit of a saved stack, as lists show it."""
+
+    name: str
+    kind: str
+    """Of its change: weights, steering, prefix ..."""
+    method: MethodRef
+    requests: tuple[EditRequest, ...]
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Whether one fact of a stack is there with all the others applied."""
+
+    edit: str
+    request: EditRequest
+    prob: float
+    """Of the whole new object after the edit prompt."""
+    says_new: bool
+    """Whether the greedy continuation is the whole new object."""
+
+
+@dataclass(frozen=True, slots=True)
+class StackCheck:
+    """What a saved stack does."""
+
+    held: tuple[Held, ...]
+    raised: tuple[str, ...]
+    """The signs of damage that passed their limits, one sentence each."""
+    signs: tuple[str, ...]
+    """All of them."""
+    receipt: Receipt
 
 
 class Pool(Protocol):
@@ -331,21 +373,31 @@ class Service:
         On an embedded model, a known fact brings its original object, withheld paraphrases and neighbours when none are
         given; they are used for evaluation only.
         """
-        entry = self.settings.model(model)
-        chosen: Method[Any] = METHODS[method]
-        for view in views:
-            VIEWS[view]
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
-            raise BadInput("seed", f"{str(seed)[:20]!r} is not a seed.", "Give a whole number from 0 to 2147483647.")
+        entry, chosen = self._asked(model, method, views, seed)
         request = EditRequest(subject, template, target_new, target_true or None, tuple(paraphrases), tuple(neighbours))
-        if entry.embedded:
-            request = _with_known_prompts(request)
-        ref = chosen.ref(params, entry.defaults.get(method))
-        if reason := self._unsupported(chosen, entry):
-            raise UnsupportedMethod(
-                f"{chosen.title} can't edit {entry.name}: {reason}", "Choose another method or model."
-            )
-        return Inspection(entry.ref(), ref, (request,), tuple(views), seed)
+        return self._planned(entry, chosen, (request,), params, views, seed)
+
+    def plan_several(
+        self,
+        model: str,
+        method: str,
+        requests: Sequence[EditRequest],
+        params: Mapping[str, object] | None = None,
+        views: Sequence[str] = ("module_scores",),
+        seed: int = 0,
+    ) -> Inspection:
+        """As plan(), for facts that are edited together. Raises BadInput on none, too many, or one prompt twice."""
+        entry, chosen = self._asked(model, method, views, seed)
+        if len(requests) > MAX_TOGETHER:
+            raise BadInput("requests", f"{len(requests):,} edits, the limit is {MAX_TOGETHER}.", "Leave some out.")
+        seen: set[str] = set()
+        for number, request in enumerate(requests, start=1):
+            if request.prompt in seen:
+                raise BadInput(
+                    "requests", f"number {number} edits {request.prompt[:80]!r} a second time.", "Keep one of the two."
+                )
+            seen.add(request.prompt)
+        return self._planned(entry, chosen, tuple(requests), params, views, seed)
 
     def digest(self, plan: Inspection) -> str:
         """The key of a question: the run id. Raises ModelUnavailable when the model isn't here."""
@@ -547,7 +599,140 @@ class Service:
             raise BadInput("tries", str(error), "Give more tries or another seed.") from error
         return shipped.write(chosen)
 
+    # Stacks and exported models --------------------------------------------------------------------------------------
+
+    def stack_add(self, folder: Path, plan: Inspection, report: Reporter = silent) -> str:
+        """Add an edit to the stack saved in a folder, which is made when it isn't there; the edit's name."""
+        with folders.alone(folder, "stack"):
+            if not folder.exists():
+                folders.check_new(folder, "stack")
+            with self._held(plan.model, report) as lm:
+                from mega_core.stack import EditStack
+
+                there = folder.is_dir() and any(folder.iterdir())
+                stack = EditStack.load(folder, lm) if there else EditStack.empty(lm)
+                stack = stack.add(lm, plan.method, plan.requests, plan.seed, report)
+                stack.save(folder)
+            return stack.edits[-1].name
+
+    def stack_edits(self, folder: Path) -> tuple[StackedEdit, ...]:
+        """The edits of a saved stack, first added first. Raises BadInput when there is none, or it is damaged."""
+        return _stacked(folder)[1]
+
+    def stack_undo(self, folder: Path, name: str) -> tuple[StackedEdit, ...]:
+        """Take one edit out of a saved stack; those that stay. Raises UnknownName with the closest name."""
+        from mega_core.stack import EditStack, headline
+
+        with folders.alone(folder, "stack"):
+            EditStack.load(folder, str(headline(folder).get("model_digest"))).without(name).save(folder)
+            return _stacked(folder)[1]
+
+    def stack_check(self, folder: Path, report: Reporter = silent) -> StackCheck:
+        """Apply a saved stack, ask for every fact in it, look for signs of damage, and undo it."""
+        ref, edits = _stacked(folder)
+        with self._held(ref, report) as lm:
+            from mega_core.alarms import alarms, perplexity
+            from mega_core.evaluation.looks import answers
+            from mega_core.stack import EditStack
+
+            stack = EditStack.load(folder, lm)
+            digest = lm.live_digest()
+            before = perplexity(lm)
+            bare = [replace(request, paraphrases=(), neighbours=()) for request in stack.requests]
+            with stack.applied(lm):
+                after = perplexity(lm)
+                said = answers(lm, bare, "after", report) if bare else None
+            signs = alarms(lm, stack, stack.requests, before=before, after=after)
+            receipt = Receipt(lm.live_digest() == digest and not lm.hook_count(), digest, lm.live_digest(),
+                              lm.hook_count())  # fmt: skip
+        asked = [(edit.name, request) for edit in edits for request in edit.requests]
+        held = []
+        if said is not None:
+            new = said[said["candidate"] == "new"].set_index("case")
+            held = [
+                Held(name, request, float(new.loc[case, "prob"]), bool(new.loc[case, "is_greedy"]))
+                for case, (name, request) in enumerate(asked)
+            ]
+        return StackCheck(
+            tuple(held),
+            tuple(sign.text for sign in signs if sign.raised),
+            tuple(sign.text for sign in signs),
+            receipt,
+        )
+
+    def export(self, plan: Inspection, folder: Path, report: Reporter = silent) -> Path:
+        """Write the model with this edit in its weights to a new folder. UnsupportedMethod for other families."""
+        folders.check_new(folder, "out")
+        method = METHODS[plan.method.name]
+        if method.family != "weights":  # told here, before the model is loaded
+            from mega_core.export import check_family
+
+            check_family(method.title, method.family)
+        with self._held(plan.model, report) as lm:
+            from mega_core.stack import EditStack
+
+            stack = EditStack.empty(lm).add(lm, plan.method, plan.requests, plan.seed, report)
+            return self._export(lm, stack, folder, report)
+
+    def export_stack(self, stack: Path, folder: Path, report: Reporter = silent) -> Path:
+        """Write the model with all edits of a saved stack in its weights to a new folder."""
+        folders.check_new(folder, "out")
+        ref, edits = _stacked(stack)
+        from mega_core.export import check_family
+
+        for edit in edits:
+            if edit.method.name in METHODS:
+                check_family(edit.name, METHODS[edit.method.name].family)
+        with self._held(ref, report) as lm:
+            from mega_core.stack import EditStack
+
+            return self._export(lm, EditStack.load(stack, lm), folder, report)
+
     # Inside ----------------------------------------------------------------------------------------------------------
+
+    def _asked(self, model: str, method: str, views: Sequence[str], seed: int) -> tuple[ModelEntry, Method[Any]]:
+        """The entries of these names. Raises UnknownName, or BadInput on a seed that is none."""
+        entry, chosen = self.settings.model(model), METHODS[method]
+        for view in views:
+            VIEWS[view]
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+            raise BadInput("seed", f"{str(seed)[:20]!r} is not a seed.", "Give a whole number from 0 to 2147483647.")
+        return entry, chosen
+
+    def _planned(
+        self,
+        entry: ModelEntry,
+        chosen: Method[Any],
+        requests: tuple[EditRequest, ...],
+        params: Mapping[str, object] | None,
+        views: Sequence[str],
+        seed: int,
+    ) -> Inspection:
+        """The question about these requests. Raises as plan() does."""
+        if entry.embedded:
+            requests = tuple(_with_known_prompts(request) for request in requests)
+        ref = chosen.ref(params, entry.defaults.get(chosen.name))
+        if reason := self._unsupported(chosen, entry):
+            raise UnsupportedMethod(
+                f"{chosen.title} can't edit {entry.name}: {reason}", "Choose another method or model."
+            )
+        return Inspection(entry.ref(), ref, requests, tuple(views), seed)
+
+    @contextmanager
+    def _held(self, ref: ModelRef, report: Reporter) -> Iterator[ModelAdapter]:
+        """A model for the block, with its memory of statistics; it is checked clean when it goes back."""
+        self.settings.model(ref.name)
+        with _memory_errors(), self._pool().lease(ref, report) as lm:
+            lm.memo = self._store
+            yield lm
+
+    def _export(self, lm: ModelAdapter, stack: EditStack, folder: Path, report: Reporter) -> Path:
+        from mega_core.alarms import alarms
+        from mega_core.export import Made, export
+
+        made = [Made(edit.method, edit.requests, edit.seed) for edit in stack.edits]
+        licence = self.settings.model(lm.name).licence
+        return export(lm, stack, folder, made, alarms(lm, stack, stack.requests), licence, report)
 
     def _work(self, question: _Edit | _Prompt, report: Reporter) -> Report | Answer:
         """What a worker thread does with a question."""
@@ -759,6 +944,16 @@ def _with_known_prompts(request: EditRequest) -> EditRequest:
         target_true=fact.object,
         paraphrases=request.paraphrases or full.paraphrases,
         neighbours=request.neighbours or full.neighbours,
+    )
+
+
+def _stacked(folder: Path) -> tuple[ModelRef, tuple[StackedEdit, ...]]:
+    """The model and the edits of a saved stack, from its JSON alone."""
+    from mega_core.stack import EditStack, headline, kind_of
+
+    stack = EditStack.load(folder, str(headline(folder).get("model_digest")))
+    return stack.model, tuple(
+        StackedEdit(edit.name, kind_of(edit.change), edit.method, edit.requests, edit.seed) for edit in stack.edits
     )
 
 

@@ -16,11 +16,12 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import what stands in a row above, and its own package. In "free" rows modules may import each other.
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("free", ("", "records", "frames", "events", "errors", "keys")),  # "" is mega_core/__init__.py: the version
-    ("free", ("registry", "store", "notebook", "settings", "migrations", "summary")),
+    ("free", ("registry", "store", "notebook", "settings", "migrations", "summary", "folders")),
     ("apart", ("models",)),
     ("apart", ("changes", "embedded")),
     ("apart", ("methods", "attribution", "masking", "evaluation", "datasets")),
-    ("apart", ("pipeline", "benchmark", "executors", "embedded.train")),
+    ("free", ("alarms", "reference")),
+    ("apart", ("pipeline", "stack", "export", "benchmark", "executors", "embedded.train")),
     ("apart", ("jobs",)),
     ("apart", ("service",)),
     ("apart", ("__main__",)),
@@ -34,7 +35,13 @@ PAGES_MAY_USE = {"records", "frames", "errors", "events", "service", "jobs", "no
 # From below the service only what describes things and computes nothing on a model.
 PAGES_MAY_ALSO_USE = {"mega_core.methods.base", "mega_core.evaluation.metrics", "mega_core.evaluation.text"}
 # What has to start fast: the first page and the command line's help are drawn before torch is imported.
-WITHOUT_TORCH = ("mega_core.service", "mega_core.methods", "mega_core.attribution", "mega_core.__main__")
+WITHOUT_TORCH = (
+    "mega_core.service",
+    "mega_core.methods",
+    "mega_core.attribution",
+    "mega_core.reference",
+    "mega_core.__main__",
+)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,16 @@ class Hop:
     templates: tuple[str, ...]
     held_out: bool  # True: no template of this composition is ever trained
 
+    @property
+    def templates_fit(self) -> tuple[str, ...]:
+        """Forms of the question that an editing method may use."""
+        return self.templates[:1]
+
+    @property
+    def templates_judge(self) -> tuple[str, ...]:
+        """Forms kept for judging methods; no method reads them."""
+        return self.templates[1:]
+
     def prompt(self, template: str) -> str:
         """The question about this subject, ending right before the answer."""
         return fill(template, self.subject)

@@ -19,14 +19,23 @@ Loss of a request with target o, rows x_j and kept prompts p_j (arXiv 2202.05262
         + weight_decay |delta| / r^2,        and after each step |delta| is cut to clamp * r
 
 with r the norm of the MLP's output at s in the first row (published) or of the residual stream there (ours).
+
+`find_pairs` searches two deltas together (PMET, arXiv 2308.08742): delta_attn joins what attention writes at s in block
+l, delta_mlp what the MLP writes there. Both have their own r and clamp, and the loss has both decays. Only position s
+of block l changes, so its stream follows from the stream `mid` between attention and MLP that step 1 keeps:
+
+    out = mid + delta_attn + MLP(norm(mid + delta_attn)) + delta_mlp
+
+where attention and MLP run one after the other; where they run side by side (GPT-J, NeoX) the MLP does not see
+delta_attn.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -37,13 +46,15 @@ from mega_core.events import Reporter, silent, stage
 from mega_core.methods.solve import check_finite
 from mega_core.models import tokens
 from mega_core.models.adapter import ModelAdapter
-from mega_core.models.hooks import Site, capture
+from mega_core.models.hooks import Site, capture, untuple
 from mega_core.records import EditRequest
 
 REQUESTS_AT_ONCE = 16
 BETAS, EPSILON = (0.9, 0.999), 1e-8
 HALF_SCALE = 256.0
 """float16 gradients are multiplied by this on their way back, so that small ones don't vanish."""
+WHEN_SAID, KL_ENOUGH = 0.1, 0.01
+"""PMET's adaptive loss: the share of the likelihood once the target is said, and the KL at which that is enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +85,11 @@ class Search:
     weight_decay: float = 0.5
     stop_probability: float = 1.0
     """A request is done when the whole target has at least this probability in each of its rows (ours)."""
+    stop_loss: float = 0.0
+    """A request is done when its loss is below this."""
+    adaptive: bool = False
+    """While every target token is the likeliest one in all rows, the likelihood counts a tenth, and a request is done
+    once the kept distributions have moved by at most KL_ENOUGH (PMET)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +119,25 @@ class Found:
     history: tuple[tuple[Step, ...], ...]
 
 
+@dataclass(frozen=True)
+class FoundPair:
+    """What the joint search found, one entry per request; tensors are float32 on the CPU."""
+
+    attn: Float[Tensor, "n d_model"]
+    """delta_attn."""
+    mlp: Float[Tensor, "n d_model"]
+    """delta_mlp."""
+    out: Float[Tensor, "n d_model"]
+    """How both together change the stream after the block at s in the bare prompt."""
+    v0: Float[Tensor, "n d_model"]
+    """The MLP's output at s in the bare prompt."""
+    a0: Float[Tensor, "n d_model"]
+    """What attention writes at s in the bare prompt."""
+    residual: Float[Tensor, "n d_model"]
+    """The residual stream after the block at s in the bare prompt."""
+    history: tuple[tuple[Step, ...], ...]
+
+
 def rows_for(
     lm: ModelAdapter, index: int, request: EditRequest, contexts: Sequence[str], keep: Sequence[str]
 ) -> list[Row]:
@@ -127,18 +162,56 @@ def rows_for(
 
 def find_values(lm: ModelAdapter, layer: int, rows: Sequence[Row], search: Search, report: Reporter = silent) -> Found:
     """Search a delta for every request among `rows`, in groups that bound the memory. Leaves the model as it was."""
-    count = 1 + max(row.request for row in rows)
-    groups = [range(start, min(start + REQUESTS_AT_ONCE, count)) for start in range(0, count, REQUESTS_AT_ONCE)]
+    parts = []
+    groups = _groups(rows)
     with stage(report, "new value", search.steps * len(groups)) as step:
-        parts = []
         for group in groups:
-            reading = read(lm, layer, [row for row in rows if row.request in group])
-            parts.append(_search(lm, reading, search, step))
-    tensors = {
-        name: torch.cat([getattr(part, name) for part in parts])
-        for name in ("delta", "v0", "residual", "key", "mean_key")
-    }
-    return Found(**tensors, history=tuple(history for part in parts for history in part.history))
+            reading = read(lm, layer, group)
+            bare = _first_rows(reading)
+            v0, residual = reading.value[bare], reading.suffix[bare, 0].float()
+            radius = (v0 if search.reference == "value" else residual).norm(dim=-1)
+            delta, history = _search(lm, reading, search, Upper, radius[:, None], step)
+            key, mean_key = reading.key[bare], _mean_keys(reading)
+            parts.append(Found(delta[:, 0].cpu(), v0.cpu(), residual.cpu(), key.cpu(), mean_key.cpu(), history))
+    return _joined(Found, parts)
+
+
+def find_pairs(
+    lm: ModelAdapter, layer: int, rows: Sequence[Row], search: Search, report: Reporter = silent
+) -> FoundPair:
+    """Search delta_attn and delta_mlp together for every request among `rows`. Leaves the model as it was."""
+    parts = []
+    groups = _groups(rows)
+    with stage(report, "new value", search.steps * len(groups)) as step:
+        for group in groups:
+            reading = read(lm, layer, group, between=True)
+            assert reading.attn is not None  # between=True
+            bare = _first_rows(reading)
+            v0, a0, residual = reading.value[bare], reading.attn[bare], reading.suffix[bare, 0].float()
+            own = torch.stack((a0, v0) if search.reference == "value" else (residual, residual), dim=1)
+            delta, history = _search(lm, reading, search, PairUpper, own.norm(dim=-1), step)
+            with torch.no_grad():
+                upper = PairUpper(lm, reading, reading.requests)
+                out = upper.first(delta)[bare] - upper.first(torch.zeros_like(delta))[bare]
+            attn, mlp = delta.cpu().unbind(1)
+            parts.append(FoundPair(attn, mlp, out.cpu(), v0.cpu(), a0.cpu(), residual.cpu(), history))
+    return _joined(FoundPair, parts)
+
+
+_F = TypeVar("_F", Found, FoundPair)
+
+
+def _groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of at most REQUESTS_AT_ONCE requests each."""
+    count = 1 + max(row.request for row in rows)
+    starts = range(0, count, REQUESTS_AT_ONCE)
+    return [[row for row in rows if start <= row.request < start + REQUESTS_AT_ONCE] for start in starts]
+
+
+def _joined(kind: type[_F], parts: Sequence[_F]) -> _F:
+    names = [field.name for field in fields(kind) if field.name != "history"]
+    tensors: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in names}
+    return kind(**tensors, history=tuple(history for part in parts for history in part.history))
 
 
 # 1. what does not change ---------------------------------------------------------------------------------------------
@@ -159,17 +232,32 @@ class Reading:
     key: Float[Tensor, "row d_mlp"]
     value: Float[Tensor, "row d_model"]
     """The MLP's output at s."""
+    attn: Float[Tensor, "row d_model"] | None = None
+    """What attention writes at s; None unless asked for."""
+    mid: Float[Tensor, "row d_model"] | None = None
+    """The stream between attention and MLP at s; None unless asked for."""
 
 
-def read(lm: ModelAdapter, layer: int, rows: Sequence[Row]) -> Reading:
-    """Step 1."""
+def read(lm: ModelAdapter, layer: int, rows: Sequence[Row], between: bool = False) -> Reading:
+    """Step 1. `between` keeps `attn` and `mid` too.
+
+    Raises BadInput while something stands in front of the model or watches it: what the model reads then is not what
+    an edit of its weights would change.
+    """
     from transformers import DynamicCache
 
+    if lm.prefix is not None or lm.readers:
+        raise BadInput(
+            "requests",
+            "an edit of weights can't be prepared while a steering method or a text in front of the prompt is active.",
+            "Prepare the edit of weights first, then steer.",
+        )
     batch = tokens.pack(lm.tokenizer, [row.ids for row in rows], lm.device)
     window = max(len(row.ids) - row.subject for row in rows)
     before = max(row.subject for row in rows)
     at = torch.tensor([row.subject for row in rows])
-    sites = {part: Site(layer, part) for part in ("mlp_down_in", "mlp", "block_out")}
+    parts = ("attn", "resid_mid", "mlp_down_in", "mlp", "block_out")
+    sites = {part: Site(layer, part) for part in (parts if between else parts[2:])}
     cache = DynamicCache()
     with torch.no_grad(), capture(lm, sites.values(), stop=False) as got:
         everything = torch.ones_like(batch.ids)  # padding is on the right; causality keeps it out
@@ -186,6 +274,8 @@ def read(lm: ModelAdapter, layer: int, rows: Sequence[Row]) -> Reading:
         past=tuple((kept.keys[:, :, :before], kept.values[:, :, :before]) for kept in layers[layer + 1 :]),
         key=got[sites["mlp_down_in"]][each, at].float(),
         value=got[sites["mlp"]][each, at].float(),
+        attn=got[sites["attn"]][each, at].float() if between else None,
+        mid=got[sites["resid_mid"]][each, at] if between else None,
     )
 
 
@@ -203,8 +293,23 @@ class _Past:
         return torch.cat((before, keys), dim=2), torch.cat((worth, values), dim=2)
 
 
+class Losses(NamedTuple):
+    """Per request, in nats; and the log-probabilities of the distributions to be kept."""
+
+    nll: Float[Tensor, " n"]
+    kl: Float[Tensor, " n"]
+    lowest: Float[Tensor, " n"]
+    """Lowest probability of the whole target over the rows."""
+    now: Float[Tensor, "keep vocab"]
+    said: Bool[Tensor, " n"]
+    """Whether every target token is the likeliest one in all rows."""
+
+
 class Upper:
-    """The model above the edit, on positions >= s of some requests' rows: delta in, logits where they are read."""
+    """The model above the edit, on positions >= s of some requests' rows: delta in, logits where they are read.
+
+    Deltas are (n, part, d_model): one part here, the addition to the stream after the block.
+    """
 
     def __init__(self, lm: ModelAdapter, reading: Reading, requests: Sequence[int]) -> None:
         rows = [i for i, row in enumerate(reading.rows) if row.request in requests]
@@ -219,6 +324,7 @@ class Upper:
         pick = (
             slice(None) if len(rows) == len(reading.rows) else torch.tensor(rows)
         )  # blocks may lie on several devices
+        self.pick = pick
         self.suffix = reading.suffix[pick]
         window = self.suffix.shape[1]
         before = reading.past[0][0].shape[2] if reading.past else 0
@@ -241,23 +347,22 @@ class Upper:
         self.is_target = torch.tensor([bool(row.target) for row in kept], device=device)
         self.lengths = torch.tensor([max(1, len(row.target)) for row in kept], device=device)
 
-    def logits(self, delta: Float[Tensor, "n d_model"]) -> Float[Tensor, "read vocab"]:
+    def first(self, delta: Float[Tensor, "n part d_model"]) -> Float[Tensor, "row d_model"]:
+        """The stream after the block at s, in float32."""
+        return self.suffix[:, 0].float() + delta[self.owner].sum(1)
+
+    def logits(self, delta: Float[Tensor, "n part d_model"]) -> Float[Tensor, "read vocab"]:
         """float32 logits at every place that is read."""
-        first = self.suffix[:, :1].float() + delta[self.owner, None]
-        hidden = torch.cat((first.to(self.suffix.dtype), self.suffix[:, 1:]), dim=1)  # (row, window, d_model)
+        first = self.first(delta)[:, None].to(self.suffix.dtype)
+        hidden = torch.cat((first, self.suffix[:, 1:]), dim=1)  # (row, window, d_model)
         for layer in range(self.layer + 1, self.lm.n_layers):
             output = self.lm.block(layer)(hidden, **self.arguments)
             hidden = output if isinstance(output, Tensor) else output[0]
         at = self.at.to(hidden.device)
         return self.lm.unembed(hidden[at[:, 0], at[:, 1]]).float()
 
-    def losses(
-        self, delta: Float[Tensor, "n d_model"], kept: Float[Tensor, "keep vocab"] | None
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "keep vocab"]]:
-        """(nll, kl, lowest probability) per request, and the log-probabilities of the distributions to keep.
-
-        `kept` None means that they are to be kept as they are now.
-        """
+    def losses(self, delta: Float[Tensor, "n part d_model"], kept: Float[Tensor, "keep vocab"] | None) -> Losses:
+        """The parts of the loss; `kept` None means that the distributions are to be kept as they are now."""
         logs = self.logits(delta).log_softmax(-1).to(delta.device)
         reads = len(self.target)
         said = logs[:reads].gather(-1, self.target[:, None])[:, 0]  # (target,)
@@ -271,7 +376,28 @@ class Upper:
         lowest = said.new_full((n,), 1.0).scatter_reduce(
             0, self.owner[self.is_target], rows.detach()[self.is_target].exp(), "amin"
         )
-        return nll, kl, lowest, now
+        first = (logs[:reads].detach().argmax(-1) == self.target).to(said.dtype)
+        top = said.new_ones(n).scatter_reduce(0, self.owner[self.target_row], first, "amin").bool()
+        return Losses(nll, kl, lowest, now, top)
+
+
+class PairUpper(Upper):
+    """The same for two parts: what joins attention's output, and what joins the MLP's, in the block itself."""
+
+    def __init__(self, lm: ModelAdapter, reading: Reading, requests: Sequence[int]) -> None:
+        super().__init__(lm, reading, requests)
+        assert reading.mid is not None  # read(between=True)
+        self.mid = reading.mid[self.pick]
+
+    def first(self, delta: Float[Tensor, "n part d_model"]) -> Float[Tensor, "row d_model"]:
+        """The stream after the block at s: beside the two parts, the MLP's answer to the first where it sees it."""
+        attn, mlp = delta[self.owner].unbind(1)
+        if self.lm.spec.parallel:
+            return self.suffix[:, 0].float() + attn + mlp
+        mid = self.mid.float() + attn
+        norm, module = self.lm.mlp_norm(self.layer), self.lm.mlp(self.layer)
+        written = untuple(module(norm(mid.to(self.mid.dtype))[:, None]))[:, 0]
+        return mid + written.float() + mlp
 
 
 def _mean_by(owner: Int[Tensor, " k"], values: Float[Tensor, " k"], n: int) -> Float[Tensor, " n"]:
@@ -320,36 +446,44 @@ def _block_arguments(
 # the search ----------------------------------------------------------------------------------------------------------
 
 
-def _search(lm: ModelAdapter, reading: Reading, search: Search, step: Callable[[], None]) -> Found:
+def _search(
+    lm: ModelAdapter,
+    reading: Reading,
+    search: Search,
+    kind: type[Upper],
+    radius: Float[Tensor, "n part"],
+    step: Callable[[], None],
+) -> tuple[Float[Tensor, "n part d_model"], tuple[tuple[Step, ...], ...]]:
+    """Deltas of all requests of a reading, and how they came about; `radius` is what clamp and decay refer to."""
     n = len(reading.requests)
     device = reading.suffix.device
-    bare = _first_rows(reading)
-    v0, residual = reading.value[bare], reading.suffix[bare, 0].float()
-    radius = (v0 if search.reference == "value" else residual).norm(dim=-1)  # (n,)
-    delta = torch.zeros_like(residual)
+    delta = torch.zeros(*radius.shape, lm.d_model, device=device)
     momentum, square = torch.zeros_like(delta), torch.zeros_like(delta)
     history: list[list[Step]] = [[] for _ in range(n)]
     scale = HALF_SCALE if lm.dtype == torch.float16 else 1.0
 
     active = list(range(n))  # positions in reading.requests
-    upper = Upper(lm, reading, [reading.requests[i] for i in active])
+    upper = kind(lm, reading, [reading.requests[i] for i in active])
     kept: Tensor | None = None
     for number in range(1, search.steps + 1):
         here = torch.tensor(active, device=device)
         with torch.enable_grad():
             trial = delta[here].requires_grad_()
-            nll, kl, lowest, now = upper.losses(trial, kept)
-            decay = search.weight_decay * trial.norm(dim=-1) / radius[here] ** 2
-            loss = nll + search.kl_weight * kl + decay
+            nll, kl, lowest, now, said = upper.losses(trial, kept)
+            decay = search.weight_decay * (trial.norm(dim=-1) / radius[here] ** 2).sum(-1)
+            share = torch.where(said, WHEN_SAID, 1.0) if search.adaptive else 1.0
+            loss = share * nll + search.kl_weight * kl + decay
             (gradient,) = torch.autograd.grad(loss.sum() * scale, trial)
         gradient = gradient / scale
         kept = now.detach() if kept is None else kept
-        values = torch.stack((loss, nll, kl, lowest, gradient.norm(dim=-1)), dim=-1).detach()
+        enough = said & (kl.detach() <= KL_ENOUGH) if search.adaptive else torch.zeros_like(said)
+        slopes = gradient.flatten(1).norm(dim=-1)
+        values = torch.stack((loss, nll, kl, lowest, slopes, enough.to(nll.dtype)), dim=-1).detach()
         check_finite("The search for the new value", values)
         done = []
-        for i, (row_loss, row_nll, row_kl, probability, slope) in zip(active, values.tolist(), strict=True):
+        for i, (row_loss, row_nll, row_kl, probability, slope, over) in zip(active, values.tolist(), strict=True):
             history[i].append(Step(row_loss, row_nll, row_kl, probability))
-            done.append(probability >= search.stop_probability)
+            done.append(probability >= search.stop_probability or row_loss < search.stop_loss or bool(over))
             if number == 1 and slope == 0:
                 raise BadInput(
                     "layer",
@@ -367,24 +501,17 @@ def _search(lm: ModelAdapter, reading: Reading, search: Search, step: Callable[[
             gradient = gradient[going]
             active = [active[i] for i in going]
             here = torch.tensor(active, device=device)
-            upper = Upper(lm, reading, [reading.requests[i] for i in active])
+            upper = kind(lm, reading, [reading.requests[i] for i in active])
         # Adam, written out because each request has its own state and they stop one by one
         momentum[here] = BETAS[0] * momentum[here] + (1 - BETAS[0]) * gradient
         square[here] = BETAS[1] * square[here] + (1 - BETAS[1]) * gradient**2
         mean = momentum[here] / (1 - BETAS[0] ** number)
         spread = (square[here] / (1 - BETAS[1] ** number)).sqrt()
         moved = delta[here] - search.learning_rate * mean / (spread + EPSILON)
-        limit = search.clamp * radius[here, None]
+        limit = search.clamp * radius[here, :, None]
         delta[here] = moved * (limit / moved.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
     check_finite("The new value", delta)
-    return Found(
-        delta=delta.cpu(),
-        v0=v0.cpu(),
-        residual=residual.cpu(),
-        key=reading.key[bare].cpu(),
-        mean_key=_mean_keys(reading).cpu(),
-        history=tuple(map(tuple, history)),
-    )
+    return delta, tuple(map(tuple, history))
 
 
 def _first_rows(reading: Reading) -> Int[Tensor, " n"]:

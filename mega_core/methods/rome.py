@@ -20,15 +20,21 @@ Choices that the papers leave open, and ours: in the consistent form v* is W k* 
 exactly the delta that was found; the kept distribution is read at the end of p' (published code: at the subject's last
 token); for an object of several tokens the negative log-likelihood is their mean; contexts are fixed texts unless
 sampled; the norm that clamp and decay refer to may be the residual stream's, since small models write short MLP
-outputs; a search ends early at `stop_probability`; several requests are inserted together by the closed form for many
-keys (see solve), which for one is step 3.
+outputs; a search ends early at `stop_probability`.
+
+Several requests are inserted together by EMMET's closed form (arXiv 2403.14236, see solve), which for one is step 3:
+every pair holds exactly at `ridge` 0; EMMET's code has 0.1 there, which gives a little when keys are much alike.
+
+`kl_prompts` "auto" is ours: p' are then prompts of the subject's other relations, in words that the model was trained
+on, where the fact tables know the subject and the edited relation. All relations of a subject are read off one value,
+so nothing but the search keeps them apart.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from mega_core.errors import BadInput
 from mega_core.events import Note, Reporter
@@ -37,10 +43,13 @@ from mega_core.records import EditRequest
 
 if TYPE_CHECKING:
     from mega_core.changes import WeightDelta
+    from mega_core.methods import optimise
     from mega_core.models.adapter import ModelAdapter
     from mega_core.models.arch import ArchSpec
 
 BARE = "{}"
+AUTO, FALLBACK = "auto", "{} is a"
+MOST_KEPT = 8
 CONTEXTS = (
     "In fact, {}",
     "Therefore, {}",
@@ -81,14 +90,23 @@ class RomeParams:
         "consistent",
         "One key everywhere (consistent, R-ROME), or the published code's two different ones (original).",
         choices=("consistent", "original"),
+        ours=True,
+    )
+    ridge: float = knob(
+        0.0, "Several edits at once: how much the pairs may give (EMMET's lambda, 0.1 in its code).", low=0.0, high=1e6
     )
     covariance: str = knob(
         "quick",
         "Statistics of ordinary keys: quick (a small text), full (ten times as much), identity (none).",
         choices=("quick", "identity", "full"),
+        ours=True,
     )
     shrinkage: float | None = knob(
-        None, "Share of a plain average mixed into the statistics. Empty: 1 to 5 %, by text size.", low=0.0, high=1.0
+        None,
+        "Share of a plain average mixed into the statistics. Empty: 1 to 5 %, by text size.",
+        low=0.0,
+        high=1.0,
+        ours=True,
     )
     steps: int = knob(20, "Most updates of the new value.", low=1, high=200)
     learning_rate: float = knob(0.5, "Size of an update of the new value.", low=1e-4, high=10.0)
@@ -100,7 +118,9 @@ class RomeParams:
     )
     kl_weight: float = knob(0.0625, "How strongly the kept prompts hold their answers.", low=0.0, high=100.0)
     kl_prompts: str = knob(
-        "{} is a", "Prompts whose next word should stay, with {} for the subject; several are separated by |."
+        "{} is a",
+        "Prompts whose next word should stay, with {} for the subject and | between several; auto: the subject's "
+        "other relations, where they are known.",
     )
     weight_decay: float = knob(0.5, "Penalty on the size of the change of the value.", low=0.0, high=100.0)
     stop_probability: float = knob(
@@ -108,10 +128,16 @@ class RomeParams:
         "Stop when the new object is at least this likely in every context; 1 never stops early.",
         low=0.0,
         high=1.0,
+        ours=True,
     )
-    contexts: int = knob(6, "In how many contexts the prompt is put, the bare prompt included.", low=1, high=21)
+    contexts: int = knob(
+        6, "In how many contexts the prompt is put, the bare prompt included.", low=1, high=21, ours=True
+    )
     context_source: str = knob(
-        "fixed", "Texts of the contexts: fixed ones, or sampled from the model.", choices=("fixed", "sampled")
+        "fixed",
+        "Texts of the contexts: fixed ones, or sampled from the model.",
+        choices=("fixed", "sampled"),
+        ours=True,
     )
 
 
@@ -134,9 +160,7 @@ def prepare(
 
     layer = default_layer(lm.n_layers) if params.layer is None else params.layer
     weight = lm.read_weight(layer, "mlp_down")  # (out, in); raises on a layer that isn't there
-    contexts = _contexts(lm, params, seed)
-    keep = _kept_prompts(params)
-    rows = [row for i, request in enumerate(requests) for row in optimise.rows_for(lm, i, request, contexts, keep)]
+    rows = rows_of(lm, requests, params, seed, "rome")
     factor = covariance.cholesky(lm, layer, params.covariance, params.shrinkage, report)
 
     # 1. and 2.
@@ -154,7 +178,7 @@ def prepare(
     # 3.
     u = solve.whiten(found.mean_key, factor)
     key = found.mean_key if params.key_form == "consistent" else found.key
-    update = solve.equality_edit(u, key, found.delta)
+    update = solve.equality_edit(u, key, found.delta, params.ridge)
     if params.key_form == "original":
         match = min(solve.key_match(u, found.mean_key, found.key))
         if abs(match) < WEAK_MATCH:
@@ -164,27 +188,89 @@ def prepare(
                     "makes a very large update. The consistent form avoids it."
                 )
             )
-    return WeightDelta(
-        (MatrixDelta(layer, "mlp_down", update.left.float(), update.right.float(), float(weight.float().norm())),)
-    )
+    thin = solve.thin(update)
+    norm = float(weight.float().norm())
+    return WeightDelta((MatrixDelta(layer, "mlp_down", thin.left.float(), thin.right.float(), norm),), {layer: key})
 
 
-def _kept_prompts(params: RomeParams) -> tuple[str, ...]:
-    if params.kl_weight == 0:
-        return ()
-    prompts = tuple(part.strip() for part in params.kl_prompts.split("|") if part.strip())
+class ReadParams(Protocol):
+    """The knobs that say in which rows an edit is read; all methods of the family have them."""
+
+    @property
+    def contexts(self) -> int:
+        """How many contexts."""
+        ...
+
+    @property
+    def context_source(self) -> str:
+        """fixed or sampled."""
+        ...
+
+    @property
+    def kl_prompts(self) -> str:
+        """Prompts to keep."""
+        ...
+
+    @property
+    def kl_weight(self) -> float:
+        """0: none is kept."""
+        ...
+
+
+def rows_of(
+    lm: ModelAdapter, requests: Sequence[EditRequest], params: ReadParams, seed: int, method: str
+) -> list[optimise.Row]:
+    """The rows of all requests: their prompts in every context, and the prompts to keep. `method` names the fields.
+
+    Raises BadInput on prompts to keep without a place for the subject, and on rows longer than the model reads.
+    """
+    from mega_core.methods import optimise
+
+    contexts = context_texts(lm, params.contexts, params.context_source, seed)
+    rows = []
+    for i, request in enumerate(requests):
+        keep = kept_prompts(request, params.kl_prompts, f"{method}.kl_prompts") if params.kl_weight else ()
+        rows += optimise.rows_for(lm, i, request, contexts, keep)
+    return rows
+
+
+def kept_prompts(request: EditRequest, text: str, field: str) -> tuple[str, ...]:
+    """Templates about the subject whose next word should stay, as the knob says."""
+    if text.strip().lower() == AUTO:
+        return other_relations(request) or (FALLBACK,)
+    prompts = tuple(part.strip() for part in text.split("|") if part.strip())
     for prompt in prompts:
         if prompt.count("{}") != 1:
-            raise BadInput(
-                "rome.kl_prompts", f"{prompt[:60]!r} needs exactly one {{}} for the subject.", "For example: {} is a"
-            )
+            raise BadInput(field, f"{prompt[:60]!r} needs exactly one {{}} for the subject.", "For example: {} is a")
     return prompts
 
 
-def _contexts(lm: ModelAdapter, params: RomeParams, seed: int) -> tuple[str, ...]:
-    """The bare prompt and the texts before it, each with one {}."""
-    others = params.contexts - 1
-    if params.context_source == "fixed" or not others:
+def other_relations(request: EditRequest) -> tuple[str, ...]:
+    """A trained template of each other relation of the subject, where the tables know subject and edited relation.
+
+    Left out are relations that follow from the edited one, or that it follows from (a landmark's city and country).
+    A template that serves edits is taken only where there is no other: those words are what edits are judged by.
+    """
+    from mega_core.embedded import facts
+
+    world = facts.load()
+    known = world.by_subject.get(request.subject, ())
+    own = next((r for fact in known if request.template in ((r := world.relations[fact.relation]).edit + r.pool)), None)
+    if own is None:
+        return ()
+    found = []
+    for fact in known:
+        derived = world.relations[fact.relation].derived or ()
+        if fact.relation != own.name and own.name not in derived and fact.relation not in (own.derived or ()):
+            forms = fact.templates_paraphrase or fact.templates_edit
+            found.append(min(forms, key=lambda form: facts.unit_hash(request.subject, form, "keep")))
+    return tuple(found[:MOST_KEPT])
+
+
+def context_texts(lm: ModelAdapter, count: int, source: str, seed: int) -> tuple[str, ...]:
+    """The bare prompt and texts before it, `count` in all, each with one {}; the seed decides about sampled ones."""
+    others = count - 1
+    if source == "fixed" or not others:
         return (BARE, *CONTEXTS[:others])
     return (BARE, *_sampled_contexts(lm, others, seed))
 

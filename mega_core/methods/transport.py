@@ -102,7 +102,7 @@ def fit_map(
         raise ValueError(f"Source rows have {xs.shape[1]} numbers, target rows {xt.shape[1]}.")
     mean_s, mean_t = xs.mean(0), xt.mean(0)
     centred_s, centred_t = xs - mean_s, xt - mean_t
-    if kind == "mean" or not _spread(centred_s) or not _spread(centred_t):
+    if kind == "mean" or not (_spread(centred_s, xs.abs().max()) and _spread(centred_t, xt.abs().max())):
         basis = xs.new_zeros(xs.shape[1], 0)
     else:
         basis = _leading(torch.cat((centred_s, centred_t)), components if kind == "ot" else None, energy)
@@ -137,9 +137,9 @@ def _checked(rows: Tensor) -> Tensor:
     return found
 
 
-def _spread(centred: Tensor) -> bool:
-    """Whether the rows differ by more than rounding."""
-    return len(centred) > 1 and bool(centred.abs().max() > 0)
+def _spread(centred: Tensor, scale: Tensor) -> bool:
+    """Whether the rows differ by more than float32 rounding."""
+    return len(centred) > 1 and bool(centred.abs().max() > 1e-6 * scale)
 
 
 def _covariance(centred: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mega_core.errors import BadInput
+
 if TYPE_CHECKING:
     from mega_core.models.adapter import ModelAdapter
 
@@ -33,23 +35,24 @@ PARTS = (  # in the order in which a block computes them
     "mlp",  # what the MLP writes                                   (batch, pos, d_model)
     "block_out",  # residual stream after the block                 (batch, pos, d_model)
 )
+FINAL = "final"  # after the final norm, which belongs to no block; at the last layer only   (batch, pos, d_model)
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A place in the model: a layer and one of PARTS."""
+    """A place in the model: a layer and one of PARTS, or the last layer and FINAL."""
 
     layer: int
     part: str
 
     def __post_init__(self) -> None:
-        if self.part not in PARTS:
-            raise ValueError(f"There is no part {self.part!r} in a block. Known: {', '.join(PARTS)}.")
+        if self.part not in (*PARTS, FINAL):
+            raise ValueError(f"There is no part {self.part!r} in a block. Known: {', '.join((*PARTS, FINAL))}.")
 
     @property
     def depth(self) -> tuple[int, int]:
         """Sorts sites in the order of computation."""
-        return self.layer, PARTS.index(self.part)
+        return self.layer, (*PARTS, FINAL).index(self.part)
 
 
 class ForwardStopped(Exception):
@@ -168,6 +171,8 @@ def _place(stack: ExitStack, lm: ModelAdapter, site: Site, see: _See) -> None:
         _on_resid_mid(stack, lm, layer, see)
     elif site.part == "pattern":
         _on_pattern(stack, lm, layer, see)
+    elif site.part == FINAL:
+        _on_final(stack, lm, layer, see)
     else:
         module = {"attn": lm.attn, "mlp": lm.mlp, "block_out": lm.block}[site.part](layer)
         _on_output(stack, module, see)
@@ -206,6 +211,21 @@ def _on_resid_mid(stack: ExitStack, lm: ModelAdapter, layer: int, see: _See) -> 
 
     _on_input(stack, lm.block(layer), remember)
     _on_output(stack, lm.attn(layer), at_attention)
+
+
+def _on_final(stack: ExitStack, lm: ModelAdapter, layer: int, see: _See) -> None:
+    if layer != lm.n_layers - 1:
+        raise BadInput("layer", f"{FINAL!r} is behind layer {lm.n_layers - 1}, not {layer}.", "Use the last layer.")
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        new = see(output[0])
+        if new is None:
+            return None
+        output.last_hidden_state = new
+        return output
+
+    # At the trunk's end, not at the norm itself: lm.unembed runs the norm too, on states that are no forward's.
+    stack.callback(lm.model.base_model.register_forward_hook(hook).remove)
 
 
 def _on_pattern(stack: ExitStack, lm: ModelAdapter, layer: int, see: _See) -> None:

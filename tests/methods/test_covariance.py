@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from mega_core.errors import ActionableError
+from mega_core.changes import DenseDelta, MatrixDelta, PromptPrefix, WeightDelta
+from mega_core.errors import ActionableError, BadInput
+from mega_core.events import Event, Started
 from mega_core.methods import covariance
 from mega_core.models.adapter import ModelAdapter
+from tests.reference import closed_forms
 from tests.reference.rome_reference import naive_second_moment
 from tests.tiny import tiny
 
@@ -103,3 +106,80 @@ def test_a_model_without_a_digest_is_never_kept() -> None:
     lm.memo, lm.file_digest = memo, ""
     covariance.cholesky(lm, 1)
     assert not memo.asked
+
+
+def test_several_layers_come_from_one_pass_over_the_texts() -> None:
+    lm, memo = tiny("llama", seed=5), Spy()
+    lm.memo = memo
+    one = covariance.cholesky(lm, 1)
+    seen: list[Event] = []
+    found = covariance.choleskys(lm, [0, 1, 2, 0], report=seen.append)
+    assert [e.stage for e in seen if isinstance(e, Started)] == ["key statistics"]
+    assert list(found) == [0, 1, 2]
+    assert found[1] is not None
+    assert torch.equal(found[1], one)
+    fresh = tiny("llama", seed=5)
+    assert torch.equal(covariance.cholesky(fresh, 2), found[2])
+    assert covariance.choleskys(lm, [0, 1], "identity") == {0: None, 1: None}
+    seen.clear()
+    covariance.choleskys(lm, [2, 0], report=seen.append)
+    assert not seen
+
+
+def test_statistics_are_the_unedited_models(tiny_lm) -> None:
+    """Also where an edit is prepared on top of others; and what was computed so is not kept as the model's own."""
+    lm, memo = tiny("qwen3", seed=5), Spy()
+    lm.memo = memo
+    wanted = covariance.cholesky(tiny("qwen3", seed=5), 2)
+    generator = torch.Generator().manual_seed(0)
+    out, into = lm.read_weight(0, "mlp_down").shape
+    low = MatrixDelta(
+        0, "mlp_down", torch.randn(out, 1, generator=generator), torch.randn(into, 1, generator=generator), 1
+    )
+    dense = DenseDelta(1, "attn_out", torch.randn(lm.read_weight(1, "attn_out").shape, generator=generator), 1.0)
+    with WeightDelta((low, dense, low)).applied(lm), PromptPrefix("Rome is in Italy. ").applied(lm):
+        digest, changes = lm.live_digest(), list(lm.changes)
+        found = covariance.cholesky(lm, 2)
+        assert (lm.live_digest(), lm.changes) == (digest, changes)
+        assert memo.get_arrays(memo.asked[0]) is None
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    covariance.cholesky(lm, 2)
+    with WeightDelta((low,)).applied(lm):
+        assert torch.equal(covariance.cholesky(lm, 2), wanted)  # kept from the unedited model: still right
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("relative", 0.3), ("relative", 0.02), ("absolute", 0.5)])
+def test_free_directions_are_the_references(tiny_lm, kind: str, cut: float) -> None:
+    lm = tiny_lm("gptj")
+    rows = covariance.covariance_texts(lm, covariance.tokens_for("quick", lm.d_mlp))
+    c = naive_second_moment(lm, 1, rows)
+    reference = closed_forms.null_projector if kind == "relative" else closed_forms.null_projector_absolute
+    wanted = reference(c, cut)
+    found = covariance.null_spaces(lm, [1], "quick", cut, kind)[1]
+    assert 0 < found.rank == round(np.trace(wanted)) < lm.d_mlp
+    assert found.basis.shape[1] <= lm.d_mlp / 2
+    np.testing.assert_allclose(found(torch.eye(lm.d_mlp)).numpy(), wanted, atol=1e-3)
+
+
+def test_free_directions_are_kept_under_all_they_depend_on() -> None:
+    lm, memo = tiny("gpt2", seed=5), Spy()
+    lm.memo = memo
+    first = covariance.null_spaces(lm, [0, 1], cut=0.1)
+    again = covariance.null_spaces(lm, [1], cut=0.1)[1]
+    assert memo.hits == 1
+    assert torch.equal(first[1].basis, again.basis)
+    assert first[1].complement is again.complement
+    before = set(memo.asked)
+    covariance.null_spaces(lm, [1], cut=0.2)
+    covariance.null_spaces(lm, [1], cut=0.1, kind="absolute")
+    covariance.null_spaces(lm, [1], "full", cut=0.1)
+    lm.file_digest = "f" * 64
+    covariance.null_spaces(lm, [1], cut=0.1)
+    assert len([key for key in set(memo.asked) - before if key.startswith("nullspace")]) == 4
+
+
+def test_a_cut_that_frees_nothing_is_refused(tiny_lm) -> None:
+    with pytest.raises(BadInput, match="nullspace_cut"):
+        covariance.null_spaces(tiny_lm("gpt2"), [1], cut=1e-9)
+    with pytest.raises(BadInput, match="covariance"):
+        covariance.null_spaces(tiny_lm("gpt2"), [1], "identity")

@@ -5,12 +5,14 @@ import torch
 
 from mega_core.errors import BadInput
 from mega_core.events import Advanced, Cancelled, Event
-from mega_core.methods.optimise import Row, Search, find_values, read, rows_for
+from mega_core.methods.optimise import Row, Search, find_pairs, find_values, read, rows_for
 from mega_core.methods.rome import CONTEXTS
 from mega_core.models import tokens
 from mega_core.models.adapter import ModelAdapter
+from mega_core.models.hooks import Site, capture, intervene
 from mega_core.records import EditRequest
 from tests.reference.plain_optimise import fast_gradient, plain_gradient, plain_loss, plain_search
+from tests.reference.pmet_reference import fast_pair_gradient, pair_base, pair_gradient, pair_search
 from tests.tiny import LAYERS, tiny
 
 TOWER = EditRequest("The Eiffel Tower", "{} is in the city of", "Madrid")
@@ -186,3 +188,100 @@ def test_plain_loss_is_the_models_own_likelihood(tiny_lm) -> None:
     wanted = -sum(float(logs[start + t, token]) for t, token in enumerate(row.target)) / len(row.target)
     found = plain_loss(lm, 0, [row], torch.zeros(lm.d_model), logs[:0], Search(), 1.0)
     assert float(found) == pytest.approx(wanted, rel=1e-5)
+
+
+# two deltas together -------------------------------------------------------------------------------------------------
+
+
+def _pair(lm: ModelAdapter) -> torch.Tensor:
+    return 0.3 * torch.randn(2, lm.d_model, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("layer", range(LAYERS - 1))
+@pytest.mark.parametrize("request_", [TOWER, KENYA], ids=["tower", "kenya"])
+def test_gradients_of_the_pair_are_those_of_full_forwards(lm: ModelAdapter, layer: int, request_: EditRequest) -> None:
+    rows = _rows(lm, request_)
+    search = Search(weight_decay=0.0, kl_weight=0.5)
+    loss, gradient = fast_pair_gradient(lm, layer, rows, _pair(lm), search)
+    plain, wanted = pair_gradient(lm, layer, rows, _pair(lm), search)
+    assert float(loss) == pytest.approx(float(plain), rel=1e-5)
+    for part in (0, 1):
+        assert float((gradient[part] - wanted[part]).norm() / wanted[part].norm()) < 1e-5
+    # Side by side both deltas do the same; one after the other the MLP answers to the first.
+    assert torch.allclose(gradient[0], gradient[1], rtol=1e-4, atol=1e-6) == lm.spec.parallel
+
+
+@pytest.mark.parametrize("reference", ["value", "residual"])
+def test_the_joint_search_ends_where_torchs_adam_ends(lm: ModelAdapter, reference: str) -> None:
+    rows = _rows(lm, TOWER)
+    search = Search(steps=8, learning_rate=0.2, clamp=0.7, reference=reference, weight_decay=0.5, stop_probability=2.0)
+    found = find_pairs(lm, 1, rows, search)
+    wanted, _ = pair_search(lm, 1, rows, search)
+    for delta, want in zip((found.attn[0], found.mlp[0]), wanted, strict=True):
+        assert float((delta - want).norm() / want.norm()) < 1e-3
+    attn, mlp, stream, _ = pair_base(lm, 1, rows)
+    for got, want in ((found.a0, attn), (found.v0, mlp), (found.residual, stream)):
+        torch.testing.assert_close(got[0], want, rtol=1e-4, atol=1e-5)
+
+
+def test_out_is_how_the_stream_after_the_block_moves(lm: ModelAdapter) -> None:
+    rows = _rows(lm, TOWER, contexts=1)
+    found = find_pairs(lm, 1, rows, Search(steps=4, learning_rate=0.2, stop_probability=2.0))
+    batch, at = tokens.pack(lm.tokenizer, [rows[0].ids]), rows[0].subject
+
+    def add(delta: torch.Tensor):
+        return lambda output: torch.cat((output[:, :at], output[:, at : at + 1] + delta, output[:, at + 1 :]), dim=1)
+
+    site = Site(1, "block_out")
+    changes = {Site(1, "attn"): add(found.attn[0]), Site(1, "mlp"): add(found.mlp[0])}
+    with torch.no_grad(), intervene(lm, changes), capture(lm, [site]) as got:
+        lm.forward(batch)
+    torch.testing.assert_close(got[site][0, at] - found.residual[0], found.out[0], rtol=1e-3, atol=1e-4)
+
+
+def test_pairs_of_several_requests_do_not_see_each_other(tiny_lm) -> None:
+    lm = tiny_lm("qwen2")
+    search = Search(30, 0.3, clamp=30.0, reference="residual", weight_decay=0.0, kl_weight=0.01, stop_probability=0.5)
+    requests = [
+        EditRequest("The Eiffel Tower", "Here we see {}", "Madrid"),
+        EditRequest("Mount Kenya", "Look at {}", "Berlin"),
+        EditRequest("Japan", "Tokyo is in {}", "Rome and Paris"),
+    ]
+    found = find_pairs(lm, 1, _rows(lm, *requests), search)
+    assert len({len(history) for history in found.history}) > 1  # finished ones leave
+    for i, request in enumerate(requests):
+        alone = find_pairs(lm, 1, _rows(lm, request), search)
+        assert len(alone.history[0]) == len(found.history[i])
+        for name in ("attn", "mlp", "out"):
+            one, many = getattr(alone, name)[0], getattr(found, name)[i]
+            assert float((one - many).norm() / one.norm()) < 2e-2
+
+
+@pytest.mark.parametrize("given", [{"adaptive": True}, {"stop_loss": 2.0}], ids=["adaptive", "loss"])
+def test_the_published_stops(tiny_lm, given) -> None:
+    lm = tiny_lm("llama")
+    rows = _rows(lm, EditRequest("Mount Kenya", "Look at {}", "Berlin"), contexts=2)
+    search = Search(
+        60, 0.3, clamp=30.0, reference="residual", weight_decay=0.0, kl_weight=2.0, stop_probability=2.0, **given
+    )
+    found = find_pairs(lm, 1, rows, search)
+    wanted, losses = pair_search(lm, 1, rows, search)
+    assert len(found.history[0]) == losses
+    assert float((found.mlp[0] - wanted[1]).norm() / wanted[1].norm()) < 2e-2
+    if "stop_loss" in given:
+        assert losses < 60
+        assert found.history[0][-1].loss < 2.0 <= found.history[0][-2].loss
+
+
+def test_it_does_not_read_while_something_steers(tiny_lm) -> None:
+    lm = tiny_lm("gpt2")
+    rows = _rows(lm, TOWER)
+
+    class Watcher:
+        def begin(self, batch) -> None: ...
+        def advance(self, ids) -> None: ...
+
+    with lm.behind(lambda prompt: "Imagine. "), pytest.raises(BadInput, match="then steer"):
+        find_values(lm, 0, rows, Search(steps=1))
+    with lm.reading(Watcher()), pytest.raises(BadInput, match="then steer"):
+        find_pairs(lm, 0, rows, Search(steps=1))

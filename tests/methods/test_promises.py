@@ -24,10 +24,24 @@ MANY = EditRequest("Mount Kenya", "Look at {}", "Rome and Berlin", "Kenya")
 
 # Method -> parameters with which it can move a tiny random model.
 _STRONG = {"learning_rate": 0.3, "clamp": 30.0, "clamp_reference": "residual", "weight_decay": 0.0, "steps": 40}
+_SPREAD = {"learning_rate": 0.3, "clamp": 30.0, "weight_decay": 0.0, "steps": 40, "contexts": 3}
 SETTINGS: dict[str, dict[str, Any]] = {
     "rome": {**_STRONG, "contexts": 3},
+    "memit": {**_SPREAD, "mom2_weight": 0.01},
+    "alphaedit": {**_SPREAD, "l2": 0.01, "nullspace_cut": 0.7},
+    "pmet": {**_STRONG, "contexts": 3, "mom2_weight": 0.01, "stop_loss": 0.0, "adaptive": False},
+    "ace": {**_STRONG, "contexts": 3, "mom2_weight": 0.01, "stop_loss": 0.0, "adaptive": False},
+    "ft": {"learning_rate": 0.03, "loss": "target"},
+    "ft_l": {"learning_rate": 0.03, "loss": "target", "epsilon": 0.2},
+    "ft_m": {"learning_rate": 0.03},
+    "lora": {"learning_rate": 0.05, "steps": 20},
+    "sake": {"target": "contexts", "prompts": 4},
+    "mean_shift": {"target": "contexts", "prompts": 4},
+    "mega": {"target": "contexts", "prompts": 4},
+    "grace": {"learning_rate": 0.3},
+    "wise": {"learning_rate": 3.0, "contexts": 2},
 }
-NEEDS_CONTEXT: frozenset[str] = frozenset()
+NEEDS_CONTEXT: frozenset[str] = frozenset({"mega", "sake", "mean_shift", "ike"})
 """Methods whose effect rests on a model that obeys its prompt: on random weights they promise all but the effect."""
 
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from mega_core.embedded import facts
 from mega_core.errors import BadInput
 from mega_core.events import Advanced, Cancelled, Event, Note, silent
 from mega_core.methods import METHODS, covariance, optimise
-from mega_core.methods.rome import CONTEXTS, ROME, default_layer, prepare
+from mega_core.methods.rome import CONTEXTS, ROME, default_layer, kept_prompts, other_relations, prepare
 from mega_core.models import tokens
 from mega_core.models.adapter import ModelAdapter
 from mega_core.models.hooks import Site, capture
@@ -150,6 +151,66 @@ def test_several_requests_are_all_inserted(lm: ModelAdapter) -> None:
     with change.applied(lm):
         for old, request in zip(before, requests, strict=True):
             assert _prob(lm, request) > 10 * old
+
+
+def test_a_ridge_lets_the_pairs_give(tiny_lm) -> None:
+    """EMMET's lambda: none holds every pair exactly, much leaves the matrix alone, and one prompt may come twice."""
+    lm = tiny_lm("gpt2")
+    norms = {}
+    for ridge in (0.0, 0.1, 1e6):
+        change = prepare(lm, [SEE, LOOK], _params(layer=1, steps=3, ridge=ridge), 0, silent)
+        norms[ridge] = change.matrices[0].norm()
+    assert norms[0.0] > norms[0.1] > 100 * norms[1e6]
+    other = EditRequest(TOWER.subject, TOWER.template, "Rome")
+    prepare(lm, [TOWER, other], _params(steps=2, ridge=0.1), 0, silent)
+
+
+@pytest.mark.parametrize(("form", "contexts"), [("consistent", 3), ("original", 1)])
+def test_the_edit_says_which_keys_it_set(tiny_lm, form: str, contexts: int) -> None:
+    """For later edits that have to spare them: layer -> the keys whose values are now new."""
+    lm = tiny_lm("llama")
+    change = prepare(lm, [TOWER], _params(layer=1, steps=2, key_form=form, contexts=3), 0, silent)
+    (keys,) = change.keys.values()
+    assert list(change.keys) == [1]
+    torch.testing.assert_close(keys[0].double(), _mean_key(lm, TOWER, 1, contexts=contexts), rtol=1e-4, atol=1e-5)
+
+
+def test_more_edits_than_dimensions_are_kept_by_the_smaller_side(tiny_lm) -> None:
+    lm = tiny_lm("qwen3")
+    requests = [EditRequest(f"Town {i}", "Look at {}", "Rome") for i in range(lm.d_model + 4)]
+    change = prepare(lm, requests, _params(layer=1, steps=1, contexts=1, ridge=0.1), 0, silent)
+    assert change.matrices[0].rank() == lm.d_model
+
+
+def test_other_relations_of_a_known_subject_are_kept_in_words_it_was_trained_on() -> None:
+    fact = facts.find("France", "capital")
+    kept = other_relations(EditRequest("France", fact.templates_edit[0], "Rome", fact.object))
+    trained = {form for other in facts.siblings(fact) for form in other.templates_paraphrase}
+    assert kept
+    assert set(kept) <= trained
+    assert not set(kept) & {*fact.trained, *fact.templates_held_out}
+    held_out = {form for other in facts.siblings(fact) for form in other.templates_held_out}
+    assert not set(kept) & held_out
+
+
+def test_relations_bound_to_the_edited_one_are_not_kept() -> None:
+    """Moving a landmark to another city moves it to another country too."""
+    world = facts.load()
+    tower = [fact for fact in facts.facts() if fact.relation == "landmark_city"][0]
+    bound = {form for name in ("landmark_city", "landmark_country") for form in world.relations[name].pool}
+    for relation in ("landmark_city", "landmark_country"):
+        fact = facts.find(tower.subject, relation)
+        assert not set(other_relations(EditRequest(fact.subject, fact.templates_edit[0], "Nowhere"))) & bound
+
+
+@pytest.mark.parametrize(
+    ("subject", "template"), [("Nobody", "The capital of {} is"), ("France", "What I like about {} is")]
+)
+def test_where_the_tables_know_nothing_the_usual_prompt_is_kept(subject: str, template: str) -> None:
+    request = EditRequest(subject, template, "Rome")
+    assert other_relations(request) == ()
+    assert kept_prompts(request, " Auto ", "rome.kl_prompts") == ("{} is a",)
+    assert kept_prompts(request, "{} is a | I like {}", "rome.kl_prompts") == ("{} is a", "I like {}")
 
 
 def test_two_requests_about_one_prompt_are_refused(tiny_lm) -> None:

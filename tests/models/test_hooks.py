@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mega_core.errors import BadInput
 from mega_core.models.adapter import ModelAdapter
-from mega_core.models.hooks import PARTS, Site, capture, intervene
+from mega_core.models.hooks import FINAL, PARTS, Site, capture, intervene
 
 PROMPTS = ["The capital of France is", "Rome", "Marie Curie is a citizen of"]
 WRITABLE = [part for part in PARTS if part != "pattern"]
@@ -126,6 +127,45 @@ def test_a_neuron_writes_its_column(lm: ModelAdapter):
         lm.forward(batch)
     difference = changed[Site(1, "mlp")] - base[Site(1, "mlp")]
     torch.testing.assert_close(difference, (2.0 * column).expand_as(difference), atol=1e-5, rtol=1e-4)
+
+
+def test_the_final_state_is_what_the_head_reads(lm: ModelAdapter):
+    batch, site = lm.encode(PROMPTS), Site(lm.n_layers - 1, FINAL)
+    before, text = lm.logits(batch), lm.generate(PROMPTS, 4)
+    with capture(lm, [site]) as got, capture(lm, [Site(lm.n_layers - 1, "block_out")], stop=False) as deep:
+        assert torch.equal(lm.logits(batch), before)
+    assert torch.equal(lm.head(got[site]), before)
+    torch.testing.assert_close(lm.final_norm(deep[Site(lm.n_layers - 1, "block_out")]), got[site])
+    with capture(lm, [site]) as alone:
+        lm.forward(batch)
+    assert torch.equal(alone[site], got[site])
+    with intervene(lm, {site: torch.clone}):
+        assert torch.equal(lm.logits(batch), before)
+        assert lm.generate(PROMPTS, 4) == text
+    push = 100.0 * lm.head_weight[9]
+    with intervene(lm, {site: lambda value: value + push}):
+        torch.testing.assert_close(lm.logits(batch), lm.head(got[site] + push))
+        assert lm.generate(PROMPTS, 4) != text
+        with capture(lm, [Site(lm.n_layers - 1, "block_out")], stop=False) as inner:  # the head alone is no forward
+            lm.logits(batch)
+        assert torch.equal(lm.unembed(inner[Site(lm.n_layers - 1, "block_out")]), before)
+    assert torch.equal(lm.logits(batch), before)
+    assert lm.hook_count() == 0
+    with pytest.raises(BadInput, match="last layer"), capture(lm, [Site(0, FINAL)]):
+        pytest.fail("the block must not be entered")
+
+
+def test_the_final_state_behind_a_prefix(lm: ModelAdapter):
+    """Hooks there see the prompt's own positions too."""
+    site, push = Site(lm.n_layers - 1, FINAL), 100.0 * lm.head_weight[9]
+    with lm.behind(lambda prompt: "Rome is a city. "):
+        batch = lm.encode(PROMPTS)
+        with capture(lm, [site], stop=False) as got:
+            before = lm.logits(batch)
+        assert got[site].shape[:2] == batch.ids.shape
+        with intervene(lm, {site: lambda value: value + push}):
+            after = lm.logits(batch)
+    torch.testing.assert_close(after[batch.mask], (before + push @ lm.head_weight.T)[batch.mask], atol=1e-3, rtol=1e-3)
 
 
 def test_gradients_flow_through_an_intervention(lm: ModelAdapter):

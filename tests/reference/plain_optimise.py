@@ -87,11 +87,11 @@ def fast_gradient(
 ) -> tuple[Tensor, Tensor]:
     """(loss without decay, its gradient) by the restructured search, for one request."""
     upper = Upper(lm, read(lm, layer, rows), [0])
-    kept = upper.losses(torch.zeros_like(delta)[None], None)[3].detach()
-    trial = delta[None].clone().requires_grad_()
-    nll, kl, _, _ = upper.losses(trial, kept)
+    kept = upper.losses(torch.zeros_like(delta)[None, None], None).now.detach()
+    trial = delta[None, None].clone().requires_grad_()
+    nll, kl, *_ = upper.losses(trial, kept)
     loss = (nll + search.kl_weight * kl)[0]
-    return loss.detach(), torch.autograd.grad(loss, trial)[0][0]
+    return loss.detach(), torch.autograd.grad(loss, trial)[0][0, 0]
 
 
 def plain_gradient(
@@ -129,8 +129,8 @@ def compare_steps(
         (gradients["plain"],) = torch.autograd.grad(loss, trial)
 
     def fast() -> None:
-        trial = delta[None].clone().requires_grad_()
-        nll, kl, _, _ = upper.losses(trial, kept)
+        trial = delta[None, None].clone().requires_grad_()
+        nll, kl, *_ = upper.losses(trial, kept)
         (gradients["fast"],) = torch.autograd.grad((nll + search.kl_weight * kl).sum(), trial)
 
     found: dict[str, float] = {}
@@ -149,7 +149,7 @@ def compare_steps(
     read(lm, layer, texts)
     found["read_ms"] = 1000 * (perf_counter() - start)
     found["speedup"] = found["plain_ms"] / found["fast_ms"]
-    found["gradient_error"] = float((gradients["plain"] - gradients["fast"][0]).norm() / gradients["plain"].norm())
+    found["gradient_error"] = float((gradients["plain"] - gradients["fast"][0, 0]).norm() / gradients["plain"].norm())
     return found
 
 
