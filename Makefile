@@ -10,7 +10,7 @@ STREAMLIT_SERVER_ADDRESS ?= 127.0.0.1
 export STREAMLIT_SERVER_PORT STREAMLIT_SERVER_ADDRESS
 
 .DEFAULT_GOAL := help
-.PHONY: help app test check format bench bench-gpu clean
+.PHONY: help app test check format bench bench-gpu docs clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))

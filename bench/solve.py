@@ -73,8 +73,13 @@ def measure(quick: bool) -> list[Row]:
     start = process_time()
     torch.linalg.svd(kept_moment, full_matrices=False)
     by_svd = process_time() - start
+    start = process_time()
+    torch.linalg.eigh(kept_moment)
+    same = process_time() - start
     rows += [
         Row("solve", "null space, SVD of C (float32)", by_svd, "s", shape),
+        Row("solve", "null space, eigh of C in float32 too", same, "s"),
+        Row("solve", "null space, SVD / eigh, both float32", by_svd / same, "x"),
         Row("solve", "null space, ours (eigh, float64)", by_eigh, "s", f"{projector.rank} of {width} directions free"),
         Row("solve", "null space, plain / ours", by_svd / by_eigh, "x"),
     ]

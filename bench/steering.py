@@ -53,7 +53,7 @@ def measure(quick: bool, methods: Sequence[str] = (), models: Sequence[str] = ()
                     work.append(process_time() - used)
                 # An edited model ends its text elsewhere: no end counts, so that both make as many tokens.
                 with patch.object(lm, "_end_ids", return_value=frozenset()):
-                    for _ in range(1 if quick else REPEATS):
+                    for _ in range(REPEATS):
                         start = process_time()
                         lm.generate([request.prompt], NEW_TOKENS)
                         plain.append(process_time() - start)

@@ -2,7 +2,7 @@
 
 1. before   look at the unedited model, or take its looks from the memo: they don't depend on the method.
 2. edit     the method turns the requests into a change, and the change is made true.
-3. after    the same looks at the edited model.
+3. after    the same looks at the edited model, and signs of damage, which become notes.
 4. restore  undo the change and write the receipt: digests of the live parameters before and after, hooks left.
 
 Whatever happens in between (an error, a person who cancels, no memory left), the model is restored first.
@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 import transformers
 
-from mega_core import __version__, frames
+from mega_core import __version__, alarms, frames
 from mega_core.attribution import VIEWS
 from mega_core.errors import BadInput, FrameError, OutOfMemory, UnsupportedMethod
 from mega_core.evaluation import looks, metrics
@@ -76,9 +76,11 @@ def inspect(plan: Inspection, lm: ModelAdapter, report: Reporter = silent, memo:
             with log.stage("edit"):
                 change = method.prepare(lm, plan.requests, params, plan.seed, log.tell)
                 summary = change.summary()
+                fluent = alarms.perplexity(lm)
                 edited.enter_context(change.applied(lm))
             with log.stage("after", len(wanted)) as step:
                 after = _merged(_run(look, plan, lm, "after", log.tell, step) for look in wanted)
+                signs = alarms.alarms(lm, change, plan.requests, before=fluent, after=alarms.perplexity(lm))
             with log.stage("restore"):
                 edited.close()
                 receipt = _receipt(lm, digest_before)
@@ -91,6 +93,9 @@ def inspect(plan: Inspection, lm: ModelAdapter, report: Reporter = silent, memo:
             f"The machine ran out of memory on {lm.name} (stage: {log.current}); the model was restored.",
             "Use fewer prompts or a smaller model, or free the device's memory.",
         ) from error
+    for sign in signs:
+        if sign.raised:
+            log.tell(Note(sign.text))
     if not receipt.restored:
         log.tell(Note(f"{lm.name} was not given back as it was: it has to be loaded again."))
     tables = {name: pd.concat([before[name], after[name]], ignore_index=True) for name in before}

@@ -103,7 +103,8 @@ def test_a_question_becomes_a_report(lm: ModelAdapter) -> None:
     assert report.receipt.hooks_left == lm.hook_count() == hooks == 0
     assert tuple(report.timing) == pipeline.STAGES
     assert all(seconds >= 0 for seconds in report.timing.values())
-    assert report.notes == ("nudged",)
+    assert report.notes[0] == "nudged"
+    assert any("changed by" in note for note in report.notes)  # a nudge of six times the matrix is a sign of damage
     assert {"torch", "transformers", "python", "device", "edit-anatomy"} <= set(report.environment)
     stages = [event.stage for event in events if isinstance(event, Started) and event.stage in pipeline.STAGES]
     assert tuple(stages) == pipeline.STAGES
@@ -343,6 +344,9 @@ def test_a_change_that_does_not_restore_is_told(methods: Registry[Method[Any]]) 
 
         def summary(self) -> pd.DataFrame:
             return WeightDelta(()).summary()
+
+        def pack(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+            return WeightDelta(()).pack()
 
     methods.add("careless", replace(NUDGE, name="careless", prepare=lambda *_: Careless()))
     report = pipeline.inspect(ask(lm, methods["careless"]), lm)

@@ -28,13 +28,10 @@ another edit's maps.
 
 from __future__ import annotations
 
-import json
 import random
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mega_core.errors import BadInput
@@ -71,7 +68,6 @@ SURE = 0.9
 """A strength works where the new object is at least this likely: what only just wins fails on other questions."""
 HELD_OUT = 0.25
 """Share of the prompts that judge alpha instead of being fitted on."""
-MAX_REGION_BYTES = 65_536
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +75,7 @@ class MegaParams:
     """What can be set."""
 
     region: str = knob(
-        "auto", "Steered layers: auto, a range (4-7), a list (4,5,6), or a .json file with a list of layers.", ours=True
+        "auto", "Steered layers: auto, a range (4-7) or a list (4,5,6), such as attribution gives.", ours=True
     )
     site: str = knob(
         "attn_out",
@@ -154,7 +150,7 @@ def prepare(
     """One steered edit per request behind a common gatekeeper. Leaves the model as it found it."""
     from mega_core.methods.steering import Registry
 
-    layers, remark = read_region(params.region, lm.n_layers, lm.name)  # A
+    layers, remark = read_region(params.region, lm.n_layers)  # A
     if remark:
         report(Note(f"Layers {_said(layers)}: {remark}."))
     layers = _control_layers(params.control, layers, lm.n_layers, seed)
@@ -176,30 +172,19 @@ def prepare(
 # A. The region -------------------------------------------------------------------------------------------------------
 
 
-def read_region(text: str, n_layers: int, name: str = "the model") -> tuple[tuple[int, ...], str]:
+def read_region(text: str, n_layers: int) -> tuple[tuple[int, ...], str]:
     """(layers, remark) of a region as text; a remark in brackets behind the layers is handed on.
 
     Raises BadInput on text that names no layers, or layers that aren't there.
     """
+    from mega_core.methods.spread import parse_layers
+
     wanted, _, remark = text.strip().partition("(")
     wanted, remark = wanted.strip(), remark.rstrip(") ")
     if wanted.lower() in ("", "auto"):
         return default_region(n_layers), remark or "default, not measured"
-    if wanted.lower().endswith(".json"):
-        layers = _region_file(Path(wanted))
-    else:
-        if not re.fullmatch(r"\d{1,4}(\s*-\s*\d{1,4})?(\s*,\s*\d{1,4}(\s*-\s*\d{1,4})?)*", wanted):
-            raise BadInput("mega.region", f"{wanted[:40]!r} names no layers.", "Write auto, 4-7 or 4,5,6.")
-        layers = []
-        for part in wanted.split(","):
-            first, _, last = part.partition("-")
-            layers += range(int(first), int(last or first) + 1)
-    missing = [layer for layer in layers if not 0 <= layer < n_layers]
-    if missing:
-        raise BadInput("mega.region", f"{name} has no layer {missing[0]}.", f"Choose among 0 to {n_layers - 1}.")
-    if not layers:
-        raise BadInput("mega.region", f"{wanted[:40]!r} names no layers.", "Write the lower layer first, as in 4-7.")
-    return tuple(sorted(set(layers))), remark
+    layers = parse_layers(wanted, n_layers, "mega.region")
+    return layers, remark
 
 
 def default_region(n_layers: int) -> tuple[int, ...]:
@@ -209,22 +194,6 @@ def default_region(n_layers: int) -> tuple[int, ...]:
         return tuple(range(first, n_layers))
     first = round(0.55 * n_layers)
     return tuple(range(first, first + max(FEWEST_LAYERS, ceil(n_layers / 6))))
-
-
-def _region_file(path: Path) -> list[int]:
-    """Layers of a file {"layers": [...]}, as attribution writes it."""
-    try:
-        if path.stat().st_size > MAX_REGION_BYTES:
-            raise ValueError
-        plain = json.loads(path.read_text(encoding="utf-8"))
-        layers = [layer for layer in plain["layers"] if isinstance(layer, int) and not isinstance(layer, bool)]
-        if len(layers) != len(plain["layers"]):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(
-            "mega.region", f"{path.name[:60]!r} holds no list of layers.", 'It needs {"layers": [4, 5, 6]}.'
-        ) from None
-    return layers
 
 
 def _said(layers: Sequence[int]) -> str:

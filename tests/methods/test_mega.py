@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,17 +75,6 @@ def test_regions_as_text(text: str, layers: tuple[int, ...], remark: str) -> Non
 def test_a_region_that_is_none_is_refused(text: str) -> None:
     with pytest.raises(BadInput, match="mega.region"):
         read_region(text, 8)
-
-
-def test_a_region_file(tmp_path: Path) -> None:
-    path = tmp_path / "region.json"
-    path.write_text(json.dumps({"layers": [6, 4, 5], "model": "x"}))
-    assert read_region(str(path), 8)[0] == (4, 5, 6)
-    for wrong in ("[]", '{"layers": ["4"]}', '{"layers": [true]}', '{"layers": []}', "secret", "{}"):
-        path.write_text(wrong)
-        with pytest.raises(BadInput) as error:
-            read_region(str(path), 8)
-        assert "secret" not in str(error.value)
 
 
 def test_without_attribution_the_region_is_in_the_upper_middle() -> None:
