@@ -15,20 +15,24 @@ from mega_core.methods.rome import ROME
 from mega_core.methods.sake import SAKE
 from mega_core.methods.wise import WISE
 
-METHODS.add(ROME.name, ROME)
-METHODS.add(MEMIT.name, MEMIT)
-METHODS.add(ALPHAEDIT.name, ALPHAEDIT)
-METHODS.add(PMET.name, PMET)
-METHODS.add(ACE.name, ACE)
-METHODS.add(FT.name, FT)
-METHODS.add(FT_L.name, FT_L)
-METHODS.add(FT_M.name, FT_M)
-METHODS.add(LORA.name, LORA)
-METHODS.add(SAKE.name, SAKE)
-METHODS.add(MEAN_SHIFT.name, MEAN_SHIFT)
-METHODS.add(GRACE.name, GRACE)
-METHODS.add(IKE.name, IKE)
-METHODS.add(WISE.name, WISE)
-METHODS.add(MEGA.name, MEGA)
+# In the order in which a person reads them: the best known first, then kin beside kin.
+for method in (
+    ROME,
+    MEGA,
+    MEMIT,
+    ALPHAEDIT,
+    PMET,
+    ACE,
+    FT_M,
+    FT_L,
+    FT,
+    LORA,
+    IKE,
+    SAKE,
+    MEAN_SHIFT,
+    GRACE,
+    WISE,
+):
+    METHODS.add(method.name, method)
 
 __all__ = ["METHODS"]

@@ -505,8 +505,8 @@ def anatomy(report: Report) -> None:
             f"Line chart by layer. {sentence}",
         )
         st.caption(
-            f"{md(sentence)} Dashed and hollow: base model, solid and filled: edited model. The tinted layer was "
-            f"edited."
+            f"{md(sentence)} Dashed and hollow: base model, solid and filled: edited model."
+            f"{_tinted(data['edited']['layer'].nunique())}"
         )
     with right:
         st.subheader("Do the parts add up?", anchor=False)
@@ -566,6 +566,13 @@ def _detail(cells: pd.DataFrame, place: tuple[int, str], candidate: str, request
             key="detail_table",
             alt=f"Contributions of {cell_name(layer, module)}",
         )
+
+
+def _tinted(layers: int) -> str:
+    """What the tint of the profile means; nothing where no layer was touched."""
+    if not layers:
+        return ""
+    return " The tinted layer is where the edit acts." if layers == 1 else " The edit acts in the tinted layers."
 
 
 def _changes(change: pd.DataFrame | None) -> None:
