@@ -107,14 +107,15 @@ def alarms(
             after = perplexity(lm)
     wrong = _wrong_numbers(change)
     found = [_finite(wrong, after)]
-    if not wrong:  # else there is no norm and no direction to speak of
-        found += _norms(change)
+    summary = None if wrong else change.summary()  # of wrong numbers there is no norm and no direction to speak of
+    if summary is not None:
+        found += _norms(summary)
     match = None if wrong else key_match(lm, change, requests)
     if match is not None:
         raised = match < KEY_MATCH
         text = f"The change lands alike on the prompt alone and in other contexts to {match:.2f} (1 is fully)."
         found.append(Alarm("key_match", match, KEY_MATCH, raised, _judged(text, raised, "it may not generalise")))
-    found.append(_perplexities(before, after))
+    found.append(_perplexities(before, after, only_prompts=summary is not None and set(summary["kind"]) == {"prompt"}))
     return tuple(found)
 
 
@@ -201,9 +202,9 @@ def _finite(wrong: int, after: float) -> Alarm:
     return Alarm("finite", float(count), 0.0, count > 0, text)
 
 
-def _norms(change: Applicable) -> list[Alarm]:
+def _norms(summary: pd.DataFrame) -> list[Alarm]:
     found = []
-    for row in change.summary().itertuples():
+    for row in summary.itertuples():
         if row.kind != "weights":
             continue
         share = float(row.relative_norm) if isfinite(row.relative_norm) else _HUGE
@@ -215,10 +216,11 @@ def _norms(change: Applicable) -> list[Alarm]:
     return found
 
 
-def _perplexities(before: float, after: float) -> Alarm:
+def _perplexities(before: float, after: float, only_prompts: bool) -> Alarm:
     known = isfinite(before) and isfinite(after) and before > 0
     ratio = exp(min(log(after) - log(before), log(_HUGE))) if known and after > 0 else _HUGE
-    raised = ratio > PERPLEXITY_RATIO
+    # Behind a stated fact any other text is less expected; the model itself is as it was.
+    raised = ratio > PERPLEXITY_RATIO and not only_prompts
     text = f"Perplexity of a fixed text: {_plain(before)} before, {_plain(after)} after."
     return Alarm("perplexity", ratio, PERPLEXITY_RATIO, raised, _judged(text, raised, "the model lost language"))
 

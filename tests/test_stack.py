@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mega_core import alarms as signs
 from mega_core import stack as stacks
-from mega_core.changes import Chain, MatrixDelta, WeightDelta
+from mega_core.changes import Chain, MatrixDelta, PromptPrefix, WeightDelta
 from mega_core.errors import BadInput, Busy, StoreError, UnknownName, UnsupportedMethod
 from mega_core.events import Cancelled, silent
 from mega_core.folders import alone
@@ -527,6 +527,13 @@ def delta(lm: ModelAdapter, size: float) -> WeightDelta:
     norm = float(weight.norm())
     scale = size * norm / float(left.norm() * right.norm())
     return WeightDelta((MatrixDelta(1, "mlp_down", scale * left, right, norm),))
+
+
+def test_a_text_in_front_is_no_damage(lm: ModelAdapter) -> None:
+    """Behind a stated fact any other text is less expected."""
+    found = signs.alarms(lm, PromptPrefix("New fact: the sky is green. "), before=1.0, after=9.0)
+    assert [alarm.name for alarm in found if alarm.raised] == []
+    assert any(alarm.name == "perplexity" and alarm.value > 8 for alarm in found)
 
 
 def test_a_quiet_edit_raises_nothing_and_a_loud_one_does(lm):

@@ -32,9 +32,10 @@ from typing import TYPE_CHECKING
 
 from mega_core.errors import BadInput
 from mega_core.events import Note, Reporter, stage
+from mega_core.methods import knobs
 from mega_core.methods.base import Method, knob
 from mega_core.methods.pmet import search_of, share
-from mega_core.methods.rome import needs, rows_of
+from mega_core.methods.rome import edited_relation, needs, rows_of
 from mega_core.records import EditRequest
 
 if TYPE_CHECKING:
@@ -71,64 +72,23 @@ class AceParams:
         ours=True,
     )
     also_attention: bool = knob(False, "Write the matrices after the heads too, as the published code does.")
-    steps: int = knob(30, "Most updates of the new values.", low=1, high=200)
-    learning_rate: float = knob(0.2, "Size of an update of the new values.", low=1e-4, high=10.0)
-    clamp: float = knob(0.75, "Either value may change by this multiple of its reference norm.", low=0.01, high=100.0)
-    clamp_reference: str = knob(
-        "value",
-        "Reference norms: of attention's and the MLP's own outputs (value, as published), or of the residual stream.",
-        choices=("value", "residual"),
-    )
-    kl_weight: float = knob(1.0, "How strongly the kept prompts hold their answers.", low=0.0, high=100.0)
-    kl_prompts: str = knob(
-        "{} is a",
-        "Prompts whose next word should stay, with {} for the subject and | between several; auto: the subject's "
-        "other relations, where they are known.",
-    )
-    weight_decay: float = knob(0.5, "Penalty on the size of both changes.", low=0.0, high=100.0)
-    adaptive: bool = knob(
-        True, "Once the new object is said everywhere, press less, and stop when the kept prompts have hardly moved."
-    )
-    stop_loss: float = knob(0.05, "Stop when the loss is below this.", low=0.0, high=10.0)
-    stop_probability: float = knob(
-        1.0,
-        "Stop when the new object is at least this likely in every context; 1 never stops for that.",
-        low=0.0,
-        high=1.0,
-        ours=True,
-    )
-    written: str = knob(
-        "mlp",
-        "What is written: the MLP's own change (mlp, as published), or all that both changes do to the block (all).",
-        choices=("mlp", "all"),
-    )
-    covariance: str = knob(
-        "quick",
-        "Statistics of ordinary keys: quick (a small text), full (ten times as much), identity (none).",
-        choices=("quick", "identity", "full"),
-        ours=True,
-    )
-    mom2_weight: float = knob(
-        6000.0,
-        "How many ordinary keys an edit is weighed against (lambda); less edits more surely.",
-        low=1e-6,
-        high=1e9,
-    )
-    shrinkage: float | None = knob(
-        None,
-        "Share of a plain average mixed into the statistics. Empty: 1 to 5 %, by text size.",
-        low=0.0,
-        high=1.0,
-        ours=True,
-    )
-    bare_weight: float = knob(0.5, "Share of the prompt without context in a key.", low=0.0, high=1.0)
-    contexts: int = knob(6, "In how many contexts the prompt is put, the bare prompt included.", low=1, high=21)
-    context_source: str = knob(
-        "fixed",
-        "Texts of the contexts: fixed ones, or sampled from the model.",
-        choices=("fixed", "sampled"),
-        ours=True,
-    )
+    steps: int = knobs.steps(30, "the new values")
+    learning_rate: float = knobs.learning_rate(0.2, "the new values")
+    clamp: float = knobs.clamp_each(0.75)
+    clamp_reference: str = knobs.clamp_references("value")
+    kl_weight: float = knobs.kl_weight(1.0)
+    kl_prompts: str = knobs.kl_prompts("{} is a")
+    weight_decay: float = knobs.weight_decay(0.5, "both changes")
+    adaptive: bool = knobs.adaptive(True)
+    stop_loss: float = knobs.stop_loss(0.05)
+    stop_probability: float = knobs.stop_probability(1.0)
+    written: str = knobs.written("mlp")
+    covariance: str = knobs.covariance("quick")
+    mom2_weight: float = knobs.mom2_weight(6000.0)
+    shrinkage: float | None = knobs.shrinkage()
+    bare_weight: float = knobs.bare_weight(0.5)
+    contexts: int = knobs.contexts(6)
+    context_source: str = knobs.context_source("fixed")
 
 
 def prepare(
@@ -224,7 +184,7 @@ def diagnosis(lm: ModelAdapter, requests: Sequence[EditRequest], seed: int) -> l
     from mega_core.embedded import facts
     from mega_core.models import tokens
 
-    first = {relation for request in requests for relation in _relation(request)}
+    first = {edited_relation(request) for request in requests}
     subjects = {request.subject for request in requests}
     hops = [hop for hop in facts.hops() if hop.first in first and hop.subject not in subjects]
     generator = random.Random(seed)
@@ -250,23 +210,15 @@ def diagnosis(lm: ModelAdapter, requests: Sequence[EditRequest], seed: int) -> l
     ]
 
 
-def _relation(request: EditRequest) -> tuple[str, ...]:
-    """The relation that the edit is about, where the tables know its subject and template."""
-    from mega_core.embedded import facts
-
-    world = facts.load()
-    known = [fact.relation for fact in world.by_subject.get(request.subject, ())]
-    found = [name for name in known if request.template in world.relations[name].edit + world.relations[name].pool]
-    return tuple(found[:1])
-
-
 def wordings(request: EditRequest) -> tuple[str, ...]:
     """Other templates of the same fact that the model was trained on; none where the tables don't know it."""
     from mega_core.embedded import facts
 
-    world = facts.load()
-    trained = [world.by_key[request.subject, name].trained for name in _relation(request)]
-    return tuple(template for forms in trained for template in forms if template != request.template)
+    relation = edited_relation(request)
+    if relation is None:
+        return ()
+    fact = facts.load().by_key[request.subject, relation]
+    return tuple(template for template in fact.trained if template != request.template)
 
 
 def _reworded_rows(lm: ModelAdapter, requests: Sequence[EditRequest]) -> list[optimise.Row]:

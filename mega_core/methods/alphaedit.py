@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mega_core.events import Reporter
+from mega_core.methods import knobs
 from mega_core.methods.base import Method, knob
 from mega_core.methods.memit import layers_of, search_and_spread
 from mega_core.methods.rome import needs
@@ -38,9 +39,7 @@ if TYPE_CHECKING:
 class AlphaEditParams:
     """What can be set."""
 
-    layers: str | None = knob(
-        None, "Layers whose MLPs are edited, such as 3-8 or 2,4. Empty: the model's own, or up to a third of its depth."
-    )
+    layers: str | None = knobs.edited_layers()
     l2: float = knob(10.0, "Penalty on the update (L2); less edits more surely.", low=1e-9, high=1e9)
     nullspace: str = knob(
         "relative",
@@ -61,33 +60,16 @@ class AlphaEditParams:
         choices=("quick", "full"),
         ours=True,
     )
-    bare_weight: float = knob(0.5, "Share of the prompt without context in a key.", low=0.0, high=1.0)
-    steps: int = knob(25, "Most updates of the new value.", low=1, high=200)
-    learning_rate: float = knob(0.5, "Size of an update of the new value.", low=1e-4, high=10.0)
-    clamp: float = knob(
-        0.75, "The value may change by this multiple of the residual stream's norm.", low=0.01, high=100.0
-    )
-    kl_weight: float = knob(0.0625, "How strongly the kept prompts hold their answers.", low=0.0, high=100.0)
-    kl_prompts: str = knob(
-        "{} is a",
-        "Prompts whose next word should stay, with {} for the subject and | between several; auto: the subject's "
-        "other relations, where they are known.",
-    )
-    weight_decay: float = knob(0.5, "Penalty on the size of the change of the value.", low=0.0, high=100.0)
-    stop_probability: float = knob(
-        0.99,
-        "Stop when the new object is at least this likely in every context; 1 never stops early.",
-        low=0.0,
-        high=1.0,
-        ours=True,
-    )
-    contexts: int = knob(6, "In how many contexts the prompt is put, the bare prompt included.", low=1, high=21)
-    context_source: str = knob(
-        "fixed",
-        "Texts of the contexts: fixed ones, or sampled from the model.",
-        choices=("fixed", "sampled"),
-        ours=True,
-    )
+    bare_weight: float = knobs.bare_weight(0.5)
+    steps: int = knobs.steps(25)
+    learning_rate: float = knobs.learning_rate(0.5)
+    clamp: float = knobs.clamp(0.75, "the residual stream's norm")
+    kl_weight: float = knobs.kl_weight(0.0625)
+    kl_prompts: str = knobs.kl_prompts("{} is a")
+    weight_decay: float = knobs.weight_decay(0.5)
+    stop_probability: float = knobs.stop_probability(0.99)
+    contexts: int = knobs.contexts(6)
+    context_source: str = knobs.context_source("fixed")
 
 
 def prepare(

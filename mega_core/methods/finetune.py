@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mega_core.errors import BadInput
-from mega_core.events import Reporter, stage
+from mega_core.events import Note, Reporter, stage
 from mega_core.methods import optimise
+from mega_core.methods.rome import KeepParams, context_texts, kept
 from mega_core.methods.solve import check_finite
 from mega_core.models import tokens
 from mega_core.models.adapter import ModelAdapter
@@ -70,6 +71,40 @@ def texts_for(
     return texts
 
 
+def all_texts(
+    lm: ModelAdapter, requests: Sequence[EditRequest], params: KeepParams, seed: int, method: str, every_token: bool
+) -> list[Text]:
+    """The texts of all requests, in fixed contexts. `method` names the fields in errors. Raises as texts_for does."""
+    contexts = context_texts(lm, params.contexts, "fixed", seed)
+    texts = []
+    for request in requests:
+        texts += texts_for(lm, request, contexts, kept(request, params, method), every_token)
+    return texts
+
+
+class Targets:
+    """Rows read by the whole model with their targets behind them, and how likely it says these."""
+
+    def __init__(self, lm: ModelAdapter, rows: Sequence[tokens.Row]) -> None:
+        self.lm = lm
+        self.starts = [row.target_start for row in rows]
+        """Where each row's prompt ends."""
+        self.batch = tokens.pack(lm.tokenizer, [row.ids[:-1] for row in rows], lm.device, self.starts)
+        reads = [
+            (i, row.target_start - 1 + t, token) for i, row in enumerate(rows) for t, token in enumerate(row.target)
+        ]
+        self.owner, self.position, self.target = torch.tensor(reads).T  # (read,)
+        self.lengths = torch.tensor([len(row.target) for row in rows])
+        """Tokens of each row's target."""
+
+    def log_probability(self) -> Float[Tensor, " row"]:
+        """log P of each row's whole target, on the CPU, from one forward of the model as it is; with its graph."""
+        lm = self.lm
+        logits = lm.logits_at(self.batch, self.owner.to(lm.device), self.position.to(lm.device)).float()
+        said = logits.log_softmax(-1).gather(-1, self.target.to(logits.device)[:, None])[:, 0].cpu()  # (read,)
+        return torch.zeros(len(self.lengths)).index_add(0, self.owner, said)
+
+
 class Group:
     """Some texts, read once up to the trained layer. `begin` holds what was captured there."""
 
@@ -94,9 +129,9 @@ class Group:
         self.kept: Tensor | None = None
         hidden = self.begin[sites[-1]]  # any of them tells rows, positions and dtype
         rows, width = hidden.shape[:2]
-        allowed = optimise._mask(torch.zeros(rows, dtype=torch.long, device=device), width, 0)
+        allowed = optimise.suffix_mask(torch.zeros(rows, dtype=torch.long, device=device), width, 0)
         positions = torch.arange(width, device=device).expand(rows, width)
-        self.arguments = optimise._block_arguments(lm, hidden, positions, allowed, _NoPast({}))
+        self.arguments = optimise.block_arguments(lm, hidden, positions, allowed, _NoPast({}))
 
     def loss(self, hidden: Float[Tensor, "row pos d_model"], first: int, kl_weight: float = 0.0) -> Float[Tensor, ""]:
         """This group's summand of the loss, from the stream before block `first`.
@@ -120,7 +155,7 @@ class Group:
         return total
 
 
-class _NoPast(optimise._Past):
+class _NoPast(optimise.KeptPast):
     """Stands where a block expects its cache; there is none."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -166,8 +201,8 @@ def descend(
     """Adam on `parameters` (float32 leaves that require a gradient), in place; the loss before every update.
 
     `losses` yields the summands one by one, so that only one graph is alive. `pull` gives what is added to the
-    gradients, `after` runs after every update. Gradients are taken of scale * loss. Raises ActionableError when a loss
-    or a parameter is no longer finite.
+    gradients, `after` runs after every update. Gradients are taken of scale * loss. Reports when there was nothing to
+    train. Raises ActionableError when a loss or a parameter is no longer finite.
     """
     adam = torch.optim.Adam(parameters, lr=how.learning_rate, weight_decay=how.weight_decay)
     history: list[float] = []
@@ -194,4 +229,6 @@ def descend(
                     after()
             step()
     check_finite("Fine-tuning", *(parameter.detach() for parameter in parameters))
+    if len(history) == 1 and history[0] < how.stop_loss:
+        report(Note("The model says the new object already, so nothing was trained."))
     return tuple(history)

@@ -28,8 +28,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mega_core.events import Note, Reporter
+from mega_core.methods import knobs
 from mega_core.methods.base import Method, knob
-from mega_core.methods.rome import context_texts, default_layer, kept_prompts
+from mega_core.methods.rome import default_layer
 from mega_core.records import EditRequest
 
 if TYPE_CHECKING:
@@ -44,10 +45,6 @@ _LAYERS = "Layers whose MLP is trained, as 2 or 2-3. Empty: the model's default,
 _LOSS = (
     "Train every token of the new object at its own place (target), or all at the prompt's last token (prompt_last)."
 )
-_KEPT = (
-    "Prompts whose next word should stay, with {} for the subject and | between several; auto: the subject's "
-    "other relations, where they are known."
-)
 _EPSILON = "How far any number of the matrix may move. Empty: as far as it likes."
 
 
@@ -57,9 +54,9 @@ class FtParams:
 
     layers: str | None = knob(None, _LAYERS, ours=True)
     loss: str = knob("prompt_last", _LOSS, choices=("target", "prompt_last"))
-    learning_rate: float = knob(5e-4, "Step size of Adam.", low=1e-7, high=10.0)
-    steps: int = knob(25, "Most updates.", low=1, high=500)
-    stop_loss: float = knob(0.01, "Stop once the loss is below this, in nats per token.", low=0.0, high=10.0)
+    learning_rate: float = knobs.adam_rate(5e-4, low=1e-7)
+    steps: int = knobs.updates(25)
+    stop_loss: float = knobs.mean_stop_loss(0.01)
     epsilon: float | None = knob(None, _EPSILON, low=1e-8, high=100.0)
     weight_decay: float = knob(0.0, "Adam's weight decay.", low=0.0, high=10.0)
     decay_towards: str = knob(
@@ -67,9 +64,9 @@ class FtParams:
         "What weight decay pulls the matrix to: zero as published, or the original matrix.",
         choices=("zero", "original"),
     )
-    kl_weight: float = knob(0.0, "How strongly the kept prompts hold their answers.", low=0.0, high=100.0)
-    kl_prompts: str = knob("{} is a", _KEPT)
-    contexts: int = knob(1, "In how many contexts the prompt is put, the bare prompt included.", low=1, high=21)
+    kl_weight: float = knobs.kl_weight(0.0)
+    kl_prompts: str = knobs.kl_prompts("{} is a")
+    contexts: int = knobs.contexts(1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +107,8 @@ def prepare(
     lowest, key, block_out = layers[0], Site(layers[0], "mlp_down_in"), Site(layers[0], "block_out")
 
     # 2.
-    contexts = context_texts(lm, params.contexts, "fixed", seed)
     every = params.loss == "target"
-    texts = []
-    for request in requests:
-        keep = kept_prompts(request, params.kl_prompts, f"{name}.kl_prompts") if params.kl_weight else ()
-        texts += finetune.texts_for(lm, request, contexts, keep, every)
+    texts = finetune.all_texts(lm, requests, params, seed, name, every)
     longest = max(len(text.reads) for text in texts)
     if not every and longest > 1:
         report(
@@ -126,7 +119,7 @@ def prepare(
         )
 
     # 3. and 4.
-    scale = optimise.HALF_SCALE if lm.dtype == torch.float16 else 1.0
+    scale = optimise.loss_scale(lm)
     how = finetune.Descent(params.steps, params.learning_rate, params.stop_loss, params.weight_decay)
 
     def pull() -> list[Tensor]:  # with Adam's own part: weight_decay * (W_0 + D)
@@ -151,7 +144,7 @@ def prepare(
                 hidden = before + (group.begin[key].float() @ differences[0].T).to(before.dtype)
                 yield group.loss(hidden, lowest + 1, params.kl_weight)
 
-        history = finetune.descend(
+        finetune.descend(
             differences,
             losses,
             how,
@@ -160,8 +153,6 @@ def prepare(
             pull=pull if params.weight_decay and params.decay_towards == "zero" else None,
             after=clamp,
         )
-    if len(history) == 1 and history[0] < params.stop_loss:
-        report(Note("The model says the new object already, so nothing was trained."))
     return WeightDelta(
         tuple(
             DenseDelta(layer, "mlp_down", difference.detach().cpu(), float(weight.float().norm()))

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mega_core.events import Note, Reporter, stage
+from mega_core.methods import knobs
 from mega_core.methods.base import Method, knob
 from mega_core.records import EditRequest
 
@@ -48,28 +49,19 @@ DEPTH = 0.8
 class GraceParams:
     """What can be set."""
 
-    layer: int | None = knob(
-        None,
-        "Layer whose MLP gets the codebook. Empty: the model's default, or four fifths of its depth.",
-        low=0,
-        high=200,
+    layer: int | None = knobs.layer(
+        "Layer whose MLP gets the codebook. Empty: the model's default, or four fifths of its depth."
     )
     radius: float = knob(1.0, "Radius of a new key: how far a prompt may lie from it and still be answered.", low=0.0)
-    steps: int = knob(100, "Most updates of the new value.", low=1, high=1000)
-    learning_rate: float = knob(1.0, "Size of an update of the new value.", low=1e-4, high=100.0)
+    steps: int = knobs.steps(100, high=1000)
+    learning_rate: float = knobs.learning_rate(1.0, high=100.0)
     replace: str = knob(
         "last",
         "Where the value stands: at the prompt's last token, where the object is predicted (target), in the whole "
         "prompt, or everywhere.",
         choices=("last", "target", "prompt", "all"),
     )
-    stop_probability: float = knob(
-        0.99,
-        "Stop when the new object is at least this likely; 1 never stops early.",
-        low=0.0,
-        high=1.0,
-        ours=True,
-    )
+    stop_probability: float = knobs.stop_probability(0.99, "the new object is at least this likely")
 
 
 def needs(spec: ArchSpec) -> str | None:
@@ -78,7 +70,8 @@ def needs(spec: ArchSpec) -> str | None:
 
 
 def default_layer(n_layers: int) -> int:
-    """Four fifths of the depth, where the published ones lie (35 of 48, 25 of 28, 27 of 32)."""
+    """Four fifths of the depth, where most published ones lie: GRACE's 35 of 48, 25 of 28, 27 of 32; WISE's 21 of 28,
+    27 of 32, 23 of 28 (but 8 of 48 for GPT-2 XL)."""
     return min(n_layers - 1, round(n_layers * DEPTH))
 
 
@@ -149,24 +142,20 @@ def _search(
     """The values of some rows. The loss is their sum and Adam works number by number, so that no row sees another."""
     import torch
 
+    from mega_core.methods.finetune import Targets
     from mega_core.methods.memory import places
-    from mega_core.methods.optimise import HALF_SCALE
+    from mega_core.methods.optimise import loss_scale
     from mega_core.methods.solve import check_finite
-    from mega_core.models import tokens
     from mega_core.models.hooks import Site, intervene
 
-    starts = [row.target_start for row in rows]
-    batch = tokens.pack(lm.tokenizer, [row.ids[:-1] for row in rows], lm.device, starts)
-    reads = [(i, row.target_start - 1 + t, token) for i, row in enumerate(rows) for t, token in enumerate(row.target)]
-    owner, position, target = torch.tensor(reads).T  # (read,)
-    lengths = torch.tensor([len(row.target) for row in rows])
-    width = batch.ids.shape[1]
+    targets = Targets(lm, rows)
+    width = targets.batch.ids.shape[1]
     where = torch.stack(
         [places(params.replace, row.target_start, width, len(row.target)) for row in rows]
     )  # (row, pos)
     values = first.clone().requires_grad_()
     adam = torch.optim.Adam([values], lr=params.learning_rate)
-    scale = HALF_SCALE if lm.dtype == torch.float16 else 1.0
+    scale = loss_scale(lm)
 
     def put(output: Tensor) -> Tensor:
         return torch.where(where[..., None].to(output.device), values.to(output)[:, None], output)
@@ -175,10 +164,8 @@ def _search(
     done = torch.zeros(len(rows), dtype=torch.bool)
     for number in range(params.steps + 1):
         with torch.enable_grad(), intervene(lm, {Site(layer, "mlp"): put}):
-            logits = lm.logits_at(batch, owner.to(lm.device), position.to(lm.device)).float()
-            said = logits.log_softmax(-1).gather(-1, target.to(logits.device)[:, None])[:, 0].cpu()  # (read,)
-            whole = torch.zeros(len(rows)).index_add(0, owner, said)  # log p of a row's object
-            (values.grad,) = torch.autograd.grad(-(whole / lengths).sum() * scale, values)
+            whole = targets.log_probability()
+            (values.grad,) = torch.autograd.grad(-(whole / targets.lengths).sum() * scale, values)
         check_finite("The search for the new value", torch.stack((whole.detach(), values.grad.norm(dim=-1))))
         best[~done] = values.detach()[~done]
         done |= whole.detach().exp() >= params.stop_probability if params.stop_probability < 1 else False

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mega_core.embedded import facts
 from mega_core.errors import ActionableError, BadInput
 from mega_core.events import Note, Reporter, stage
+from mega_core.methods import knobs
 from mega_core.methods.base import Method, knob
 from mega_core.records import EditRequest
 
@@ -95,9 +96,7 @@ class IkeParams:
         choices=("hidden", "sentence-transformers"),
         ours=True,
     )
-    layer: int | None = knob(
-        None, "Layer whose states are compared. Empty: the middle of the model.", low=0, high=200, ours=True
-    )
+    layer: int | None = knobs.layer("Layer whose states are compared. Empty: the middle of the model.", ours=True)
     pooling: str = knob(
         "mean", "States of all tokens (their mean), or of the last one.", choices=("mean", "last"), ours=True
     )

@@ -21,9 +21,9 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from mega_core.errors import UnsupportedMethod
-from mega_core.events import Note, Reporter
+from mega_core.events import Reporter
+from mega_core.methods import knobs
 from mega_core.methods.base import Method, knob
-from mega_core.methods.rome import context_texts, kept_prompts
 from mega_core.records import EditRequest
 
 if TYPE_CHECKING:
@@ -46,17 +46,13 @@ class LoraParams:
     also_attention: bool = knob(False, "Adapt the matrix after the attention heads too.", ours=True)
     rank: int = knob(8, "Rank of the update of each matrix.", low=1, high=256)
     alpha: float = knob(32.0, "The update is multiplied by alpha / rank.", low=0.01, high=1000.0)
-    learning_rate: float = knob(5e-3, "Step size of Adam.", low=1e-6, high=10.0)
-    steps: int = knob(70, "Most updates.", low=1, high=500)
-    stop_loss: float = knob(0.01, "Stop once the loss is below this, in nats per token.", low=0.0, high=10.0, ours=True)
+    learning_rate: float = knobs.adam_rate(5e-3, low=1e-6)
+    steps: int = knobs.updates(70)
+    stop_loss: float = knobs.mean_stop_loss(0.01, ours=True)
     weight_decay: float = knob(0.0, "Adam's weight decay of the factors.", low=0.0, high=10.0)
-    kl_weight: float = knob(0.0, "How strongly the kept prompts hold their answers.", low=0.0, high=100.0)
-    kl_prompts: str = knob(
-        "{} is a",
-        "Prompts whose next word should stay, with {} for the subject and | between several; auto: the subject's "
-        "other relations, where they are known.",
-    )
-    contexts: int = knob(1, "In how many contexts the prompt is put, the bare prompt included.", low=1, high=21)
+    kl_weight: float = knobs.kl_weight(0.0)
+    kl_prompts: str = knobs.kl_prompts("{} is a")
+    contexts: int = knobs.contexts(1)
 
 
 def needs(spec: ArchSpec) -> str | None:
@@ -81,11 +77,7 @@ def prepare(
         layers = spread.parse_layers(params.layers, lm.n_layers, "lora.layers")
     sites = ("attn_out", "mlp_down") if params.also_attention else ("mlp_down",)
     places = [(layer, site) for layer in layers for site in sites]
-    contexts = context_texts(lm, params.contexts, "fixed", seed)
-    texts = []
-    for request in requests:
-        keep = kept_prompts(request, params.kl_prompts, "lora.kl_prompts") if params.kl_weight else ()
-        texts += finetune.texts_for(lm, request, contexts, keep, every_token=True)
+    texts = finetune.all_texts(lm, requests, params, seed, "lora", every_token=True)
     norms = [float(lm.read_weight(*place).float().norm()) for place in places]
     start = Site(layers[0], "block_in")
     how = finetune.Descent(params.steps, params.learning_rate, params.stop_loss, params.weight_decay)
@@ -98,8 +90,8 @@ def prepare(
 
         # 2.
         factors = [part[ADAPTER].weight for adapter in adapters for part in (adapter.lora_A, adapter.lora_B)]
-        scale = optimise.HALF_SCALE if lm.dtype == torch.float16 else 1.0
-        history = finetune.descend(factors, losses, how, report, scale=scale)
+        scale = optimise.loss_scale(lm)
+        finetune.descend(factors, losses, how, report, scale=scale)
 
         # 3.
         matrices = tuple(
@@ -111,8 +103,6 @@ def prepare(
             )
             for place, adapter, norm in zip(places, adapters, norms, strict=True)
         )
-    if len(history) == 1 and history[0] < params.stop_loss:
-        report(Note("The model says the new object already, so nothing was trained."))
     return WeightDelta(matrices)
 
 

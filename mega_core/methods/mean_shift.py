@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from mega_core.errors import BadInput
 from mega_core.events import Reporter
+from mega_core.methods import knobs
 from mega_core.methods.base import Method, knob
 from mega_core.records import EditRequest
 
@@ -44,32 +45,13 @@ class MeanShiftParams:
         ours=True,
     )
     alpha: float = knob(1.0, "Strength: the shift is multiplied by it.", low=0.0, high=20.0)
-    target: str = knob(
-        "auto",
-        "Target rows: contexts that state the new fact, prompts of other subjects that have it (donors), or auto.",
-        choices=("auto", "contexts", "donors"),
-        ours=True,
-    )
-    contexts: str = knob(
-        "pool",
-        "How contexts state the new fact: as SAKE does (sake), as a new fact (new), or several ways (pool).",
-        choices=("pool", "new", "sake"),
-        ours=True,
-    )
-    source: str = knob(
-        "both", "Source rows: bare prompts, or also those behind the old fact (both).", choices=("both", "bare")
-    )
-    prompts: int = knob(12, "Texts of each kind.", low=1, high=200, ours=True)
-    gate: str = knob(
-        "centroid",
-        "Which prompts are steered: by subject and relation (centroid), by subject, by distance (paper), or always.",
-        choices=("centroid", "subject", "paper", "always"),
-        ours=True,
-    )
-    gate_layer: int | None = knob(
-        None, "Layer at which the gate compares prompts. Empty: the middle.", low=0, high=200, ours=True
-    )
-    implications: bool = knob(True, "Let two-hop questions about the edited fact through the gate.", ours=True)
+    target: str = knobs.target("auto")
+    contexts: str = knobs.stating("pool", ("pool", "new", "sake"), ours=True)
+    source: str = knobs.source("both")
+    prompts: int = knobs.prompts(12)
+    gate: str = knobs.gate("centroid")
+    gate_layer: int | None = knobs.gate_layer()
+    implications: bool = knobs.implications(True)
 
 
 def needs(spec: ArchSpec) -> str | None:

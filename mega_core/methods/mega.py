@@ -34,8 +34,8 @@ from dataclasses import dataclass, replace
 from math import ceil
 from typing import TYPE_CHECKING, cast
 
-from mega_core.errors import BadInput
 from mega_core.events import Note, Reporter, silent, stage
+from mega_core.methods import knobs
 from mega_core.methods.base import Method, knob
 from mega_core.records import EditRequest
 
@@ -83,24 +83,10 @@ class MegaParams:
         choices=("attn_out", "resid_mid"),
         ours=True,
     )
-    target: str = knob(
-        "auto",
-        "Where target activations come from: contexts that say the new object, other subjects that have it, or either.",
-        choices=("auto", "contexts", "donors"),
-        ours=True,
-    )
-    contexts: str = knob(
-        "pool",
-        "Contexts: a pool of three, SAKE's (do not mention, repeat), or one that states the new fact.",
-        choices=("pool", "sake", "new"),
-        ours=True,
-    )
-    source: str = knob(
-        "both",
-        "Source prompts: bare ones and ones that first state the old object (both), or bare ones only.",
-        choices=("both", "bare"),
-    )
-    prompts: int = knob(12, "Texts per sample.", low=2, high=100, ours=True)
+    target: str = knobs.target("auto")
+    contexts: str = knobs.stating("pool", ("pool", "sake", "new"), ours=True)
+    source: str = knobs.source("both")
+    prompts: int = knobs.prompts(12, low=2, high=100)
     transport: str = knob(
         "ot",
         "The map: optimal transport in principal components, in all directions, or a mere shift.",
@@ -124,18 +110,9 @@ class MegaParams:
         high=8.0,
         ours=True,
     )
-    gate: str = knob(
-        "centroid",
-        "When the edit acts: subject and question match, subject is named, SAKE's distance, or always.",
-        choices=("centroid", "subject", "paper", "always"),
-        ours=True,
-    )
-    gate_layer: int | None = knob(
-        None, "Layer at which the gate compares prompts. Empty: the middle.", low=0, high=200, ours=True
-    )
-    implications: bool = knob(
-        True, "Whether the gate lets questions through that lead over the edited fact.", ours=True
-    )
+    gate: str = knobs.gate("centroid")
+    gate_layer: int | None = knobs.gate_layer()
+    implications: bool = knobs.implications(True)
     control: str = knob("none", "Run a control experiment instead of the method itself.", choices=CONTROLS, ours=True)
 
 

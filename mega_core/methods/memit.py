@@ -25,8 +25,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from mega_core.events import Reporter
-from mega_core.methods.base import Method, knob
-from mega_core.methods.rome import ReadParams, needs, rows_of
+from mega_core.methods import knobs
+from mega_core.methods.base import Method
+from mega_core.methods.rome import ReadParams, SearchParams, needs, rows_of, value_search
 from mega_core.records import EditRequest
 
 if TYPE_CHECKING:
@@ -39,58 +40,23 @@ if TYPE_CHECKING:
 class MemitParams:
     """What can be set."""
 
-    layers: str | None = knob(
-        None, "Layers whose MLPs are edited, such as 3-8 or 2,4. Empty: the model's own, or up to a third of its depth."
-    )
-    mom2_weight: float = knob(
-        15000.0,
-        "How many ordinary keys an edit is weighed against (lambda); less edits more surely.",
-        low=1e-6,
-        high=1e9,
-    )
-    covariance: str = knob(
-        "quick",
-        "Statistics of ordinary keys: quick (a small text), full (ten times as much), identity (none).",
-        choices=("quick", "identity", "full"),
-        ours=True,
-    )
-    shrinkage: float | None = knob(
-        None,
-        "Share of a plain average mixed into the statistics. Empty: 1 to 5 %, by text size.",
-        low=0.0,
-        high=1.0,
-        ours=True,
-    )
-    bare_weight: float = knob(0.5, "Share of the prompt without context in a key.", low=0.0, high=1.0)
-    steps: int = knob(25, "Most updates of the new value.", low=1, high=200)
-    learning_rate: float = knob(0.5, "Size of an update of the new value.", low=1e-4, high=10.0)
-    clamp: float = knob(
-        0.75, "The value may change by this multiple of the residual stream's norm.", low=0.01, high=100.0
-    )
-    kl_weight: float = knob(0.0625, "How strongly the kept prompts hold their answers.", low=0.0, high=100.0)
-    kl_prompts: str = knob(
-        "{} is a",
-        "Prompts whose next word should stay, with {} for the subject and | between several; auto: the subject's "
-        "other relations, where they are known.",
-    )
-    weight_decay: float = knob(0.5, "Penalty on the size of the change of the value.", low=0.0, high=100.0)
-    stop_probability: float = knob(
-        0.99,
-        "Stop when the new object is at least this likely in every context; 1 never stops early.",
-        low=0.0,
-        high=1.0,
-        ours=True,
-    )
-    contexts: int = knob(6, "In how many contexts the prompt is put, the bare prompt included.", low=1, high=21)
-    context_source: str = knob(
-        "fixed",
-        "Texts of the contexts: fixed ones, or sampled from the model.",
-        choices=("fixed", "sampled"),
-        ours=True,
-    )
+    layers: str | None = knobs.edited_layers()
+    mom2_weight: float = knobs.mom2_weight(15000.0)
+    covariance: str = knobs.covariance("quick")
+    shrinkage: float | None = knobs.shrinkage()
+    bare_weight: float = knobs.bare_weight(0.5)
+    steps: int = knobs.steps(25)
+    learning_rate: float = knobs.learning_rate(0.5)
+    clamp: float = knobs.clamp(0.75, "the residual stream's norm")
+    kl_weight: float = knobs.kl_weight(0.0625)
+    kl_prompts: str = knobs.kl_prompts("{} is a")
+    weight_decay: float = knobs.weight_decay(0.5)
+    stop_probability: float = knobs.stop_probability(0.99)
+    contexts: int = knobs.contexts(6)
+    context_source: str = knobs.context_source("fixed")
 
 
-class SpreadParams(ReadParams, Protocol):
+class SpreadParams(ReadParams, SearchParams, Protocol):
     """The knobs that MEMIT and its heirs share."""
 
     @property
@@ -101,31 +67,6 @@ class SpreadParams(ReadParams, Protocol):
     @property
     def bare_weight(self) -> float:
         """Of the bare prompt in a key."""
-        ...
-
-    @property
-    def steps(self) -> int:
-        """Of the search."""
-        ...
-
-    @property
-    def learning_rate(self) -> float:
-        """Of the search."""
-        ...
-
-    @property
-    def clamp(self) -> float:
-        """Of the search."""
-        ...
-
-    @property
-    def weight_decay(self) -> float:
-        """Of the search."""
-        ...
-
-    @property
-    def stop_probability(self) -> float:
-        """Of the search; 1 for never."""
         ...
 
 
@@ -175,16 +116,7 @@ def search_and_spread(
     from mega_core.models.hooks import Site
 
     rows = rows_of(lm, requests, params, seed, method)
-    search = optimise.Search(
-        steps=params.steps,
-        learning_rate=params.learning_rate,
-        clamp=params.clamp,
-        reference="residual",
-        kl_weight=params.kl_weight,
-        weight_decay=params.weight_decay,
-        stop_probability=params.stop_probability if params.stop_probability < 1 else 2.0,
-    )
-    found = optimise.find_values(lm, layers[-1], rows, search, report)  # 1.
+    found = optimise.find_values(lm, layers[-1], rows, value_search(params, "residual"), report)  # 1.
     return spread.spread(  # 2.
         lm,
         [layers],

@@ -279,16 +279,22 @@ def read(lm: ModelAdapter, layer: int, rows: Sequence[Row], between: bool = Fals
     )
 
 
+def loss_scale(lm: ModelAdapter) -> float:
+    """What a loss is multiplied by before its gradient is taken, and the gradient divided by after."""
+    return HALF_SCALE if lm.dtype == torch.float16 else 1.0
+
+
 # 2. the blocks above the edit ----------------------------------------------------------------------------------------
 
 
-class _Past:
+class KeptPast:
     """Stands where a block expects its cache: puts the kept keys and values in front and remembers nothing new."""
 
     def __init__(self, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
         self.kept = kept
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """What the block attends to: (row, head, position, width) with the kept positions first."""
         before, worth = self.kept[layer_idx]
         return torch.cat((before, keys), dim=2), torch.cat((worth, values), dim=2)
 
@@ -331,7 +337,7 @@ class Upper:
         past = {reading.layer + 1 + i: (keys[pick], values[pick]) for i, (keys, values) in enumerate(reading.past)}
         at = torch.tensor([row.subject for row in kept], device=device)
         positions = (at[:, None] + torch.arange(window, device=device)).clamp_max(lm.max_positions - 1)
-        self.arguments = _block_arguments(lm, self.suffix, positions, _mask(at, window, before), _Past(past))
+        self.arguments = block_arguments(lm, self.suffix, positions, suffix_mask(at, window, before), KeptPast(past))
 
         # 3. where logits are read, as (row, position after s): targets row by row, then the kept distributions
         reads = [
@@ -406,8 +412,11 @@ def _mean_by(owner: Int[Tensor, " k"], values: Float[Tensor, " k"], n: int) -> F
     return sums / torch.bincount(owner, minlength=n).clamp_min(1)
 
 
-def _mask(at: Int[Tensor, " row"], window: int, before: int) -> Bool[Tensor, "row 1 window total"]:
-    """True where a position >= s may look: at its row's own positions < s, at itself and at what lies between."""
+def suffix_mask(at: Int[Tensor, " row"], window: int, before: int) -> Bool[Tensor, "row 1 window total"]:
+    """True where a position >= s (`at`) may look: at its row's own positions < s, at itself and at what lies between.
+
+    `window` is how many positions from s on are read, `before` how many kept ones stand in front of them.
+    """
     earlier = torch.arange(before, device=at.device) < at[:, None]  # (row, before)
     causal = torch.ones(window, window, dtype=torch.bool, device=at.device).tril()
     rows = len(at)
@@ -416,14 +425,17 @@ def _mask(at: Int[Tensor, " row"], window: int, before: int) -> Bool[Tensor, "ro
     )
 
 
-def _block_arguments(
+def block_arguments(
     lm: ModelAdapter,
     hidden: Float[Tensor, "row window d_model"],
     positions: Int[Tensor, "row window"],
     allowed: Bool[Tensor, "row 1 window total"],
-    past: _Past,
+    past: KeptPast,
 ) -> dict[str, Any]:
-    """What a block wants besides its input. The names differ by architecture, so its signature is asked."""
+    """What a block wants besides its input. The names differ by architecture, so its signature is asked.
+
+    Raises BadInput on more positions than the model's sliding window.
+    """
     window = getattr(lm.model.config, "sliding_window", None)
     if window and allowed.shape[-1] > window:
         raise BadInput("template", f"the prompts are longer than {lm.name}'s attention window of {window} tokens.")
@@ -460,7 +472,7 @@ def _search(
     delta = torch.zeros(*radius.shape, lm.d_model, device=device)
     momentum, square = torch.zeros_like(delta), torch.zeros_like(delta)
     history: list[list[Step]] = [[] for _ in range(n)]
-    scale = HALF_SCALE if lm.dtype == torch.float16 else 1.0
+    scale = loss_scale(lm)
 
     active = list(range(n))  # positions in reading.requests
     upper = kind(lm, reading, [reading.requests[i] for i in active])

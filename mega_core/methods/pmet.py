@@ -27,14 +27,15 @@ stream's, since small models write short outputs; a search may also end at `stop
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import TYPE_CHECKING
 
 from mega_core.events import Reporter
-from mega_core.methods.base import Method, knob
+from mega_core.methods import knobs
+from mega_core.methods.base import Method
 from mega_core.methods.memit import layers_of
-from mega_core.methods.rome import needs, rows_of
+from mega_core.methods.rome import needs, rows_of, value_search
 from mega_core.records import EditRequest
 
 if TYPE_CHECKING:
@@ -48,67 +49,24 @@ if TYPE_CHECKING:
 class PmetParams:
     """What can be set. Defaults as published for GPT-J."""
 
-    layers: str | None = knob(
-        None, "Layers that are written, such as 3-8. Empty: the model's default, or a few up to a third of its depth."
-    )
-    steps: int = knob(30, "Most updates of the new values.", low=1, high=200)
-    learning_rate: float = knob(0.2, "Size of an update of the new values.", low=1e-4, high=10.0)
-    clamp: float = knob(0.75, "Either value may change by this multiple of its reference norm.", low=0.01, high=100.0)
-    clamp_reference: str = knob(
-        "value",
-        "Reference norms: of attention's and the MLP's own outputs (value, as published), or of the residual stream.",
-        choices=("value", "residual"),
-    )
-    kl_weight: float = knob(1.0, "How strongly the kept prompts hold their answers.", low=0.0, high=100.0)
-    kl_prompts: str = knob(
-        "{} is a",
-        "Prompts whose next word should stay, with {} for the subject and | between several; auto: the subject's "
-        "other relations, where they are known.",
-    )
-    weight_decay: float = knob(0.5, "Penalty on the size of both changes.", low=0.0, high=100.0)
-    adaptive: bool = knob(
-        True, "Once the new object is said everywhere, press less, and stop when the kept prompts have hardly moved."
-    )
-    stop_loss: float = knob(0.05, "Stop when the loss is below this.", low=0.0, high=10.0)
-    stop_probability: float = knob(
-        1.0,
-        "Stop when the new object is at least this likely in every context; 1 never stops for that.",
-        low=0.0,
-        high=1.0,
-        ours=True,
-    )
-    written: str = knob(
-        "mlp",
-        "What is written: the MLP's own change (mlp, as published), or all that both changes do to the block (all).",
-        choices=("mlp", "all"),
-    )
-    covariance: str = knob(
-        "quick",
-        "Statistics of ordinary keys: quick (a small text), full (ten times as much), identity (none).",
-        choices=("quick", "identity", "full"),
-        ours=True,
-    )
-    mom2_weight: float = knob(
-        6000.0,
-        "How many ordinary keys an edit is weighed against (lambda); less edits more surely.",
-        low=1e-6,
-        high=1e9,
-    )
-    shrinkage: float | None = knob(
-        None,
-        "Share of a plain average mixed into the statistics. Empty: 1 to 5 %, by text size.",
-        low=0.0,
-        high=1.0,
-        ours=True,
-    )
-    bare_weight: float = knob(0.5, "Share of the prompt without context in a key.", low=0.0, high=1.0)
-    contexts: int = knob(6, "In how many contexts the prompt is put, the bare prompt included.", low=1, high=21)
-    context_source: str = knob(
-        "fixed",
-        "Texts of the contexts: fixed ones, or sampled from the model.",
-        choices=("fixed", "sampled"),
-        ours=True,
-    )
+    layers: str | None = knobs.edited_layers()
+    steps: int = knobs.steps(30, "the new values")
+    learning_rate: float = knobs.learning_rate(0.2, "the new values")
+    clamp: float = knobs.clamp_each(0.75)
+    clamp_reference: str = knobs.clamp_references("value")
+    kl_weight: float = knobs.kl_weight(1.0)
+    kl_prompts: str = knobs.kl_prompts("{} is a")
+    weight_decay: float = knobs.weight_decay(0.5, "both changes")
+    adaptive: bool = knobs.adaptive(True)
+    stop_loss: float = knobs.stop_loss(0.05)
+    stop_probability: float = knobs.stop_probability(1.0)
+    written: str = knobs.written("mlp")
+    covariance: str = knobs.covariance("quick")
+    mom2_weight: float = knobs.mom2_weight(6000.0)
+    shrinkage: float | None = knobs.shrinkage()
+    bare_weight: float = knobs.bare_weight(0.5)
+    contexts: int = knobs.contexts(6)
+    context_source: str = knobs.context_source("fixed")
 
 
 def prepare(
@@ -148,19 +106,8 @@ def share(remaining: int) -> float:
 
 def search_of(params: PmetParams | AceParams) -> optimise.Search:
     """How the deltas are searched."""
-    from mega_core.methods.optimise import Search
-
-    return Search(
-        steps=params.steps,
-        learning_rate=params.learning_rate,
-        clamp=params.clamp,
-        reference="residual" if params.clamp_reference == "residual" else "value",
-        kl_weight=params.kl_weight,
-        weight_decay=params.weight_decay,
-        stop_probability=params.stop_probability if params.stop_probability < 1 else 2.0,
-        stop_loss=params.stop_loss,
-        adaptive=params.adaptive,
-    )
+    search = value_search(params, params.clamp_reference)
+    return replace(search, stop_loss=params.stop_loss, adaptive=params.adaptive)
 
 
 PMET = Method(

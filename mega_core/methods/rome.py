@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from mega_core.errors import BadInput
 from mega_core.events import Note, Reporter
+from mega_core.methods import knobs
 from mega_core.methods.base import Method, knob
 from mega_core.records import EditRequest
 
@@ -83,8 +84,8 @@ WEAK_MATCH = 0.2
 class RomeParams:
     """What can be set."""
 
-    layer: int | None = knob(
-        None, "Layer whose MLP is edited. Empty: the model's default, or about a third of its depth.", low=0, high=200
+    layer: int | None = knobs.layer(
+        "Layer whose MLP is edited. Empty: the model's default, or about a third of its depth."
     )
     key_form: str = knob(
         "consistent",
@@ -95,50 +96,22 @@ class RomeParams:
     ridge: float = knob(
         0.0, "Several edits at once: how much the pairs may give (EMMET's lambda, 0.1 in its code).", low=0.0, high=1e6
     )
-    covariance: str = knob(
-        "quick",
-        "Statistics of ordinary keys: quick (a small text), full (ten times as much), identity (none).",
-        choices=("quick", "identity", "full"),
-        ours=True,
-    )
-    shrinkage: float | None = knob(
-        None,
-        "Share of a plain average mixed into the statistics. Empty: 1 to 5 %, by text size.",
-        low=0.0,
-        high=1.0,
-        ours=True,
-    )
-    steps: int = knob(20, "Most updates of the new value.", low=1, high=200)
-    learning_rate: float = knob(0.5, "Size of an update of the new value.", low=1e-4, high=10.0)
-    clamp: float = knob(4.0, "The value may change by this multiple of the reference norm.", low=0.01, high=100.0)
+    covariance: str = knobs.covariance("quick")
+    shrinkage: float | None = knobs.shrinkage()
+    steps: int = knobs.steps(20)
+    learning_rate: float = knobs.learning_rate(0.5)
+    clamp: float = knobs.clamp(4.0, "the reference norm")
     clamp_reference: str = knob(
         "value",
         "Reference norm: of the MLP's output (value, as published), or of the residual stream (small models).",
         choices=("value", "residual"),
     )
-    kl_weight: float = knob(0.0625, "How strongly the kept prompts hold their answers.", low=0.0, high=100.0)
-    kl_prompts: str = knob(
-        "{} is a",
-        "Prompts whose next word should stay, with {} for the subject and | between several; auto: the subject's "
-        "other relations, where they are known.",
-    )
-    weight_decay: float = knob(0.5, "Penalty on the size of the change of the value.", low=0.0, high=100.0)
-    stop_probability: float = knob(
-        0.99,
-        "Stop when the new object is at least this likely in every context; 1 never stops early.",
-        low=0.0,
-        high=1.0,
-        ours=True,
-    )
-    contexts: int = knob(
-        6, "In how many contexts the prompt is put, the bare prompt included.", low=1, high=21, ours=True
-    )
-    context_source: str = knob(
-        "fixed",
-        "Texts of the contexts: fixed ones, or sampled from the model.",
-        choices=("fixed", "sampled"),
-        ours=True,
-    )
+    kl_weight: float = knobs.kl_weight(0.0625)
+    kl_prompts: str = knobs.kl_prompts("{} is a")
+    weight_decay: float = knobs.weight_decay(0.5)
+    stop_probability: float = knobs.stop_probability(0.99)
+    contexts: int = knobs.contexts(6, ours=True)
+    context_source: str = knobs.context_source("fixed")
 
 
 def needs(spec: ArchSpec) -> str | None:
@@ -164,16 +137,7 @@ def prepare(
     factor = covariance.cholesky(lm, layer, params.covariance, params.shrinkage, report)
 
     # 1. and 2.
-    search = optimise.Search(
-        steps=params.steps,
-        learning_rate=params.learning_rate,
-        clamp=params.clamp,
-        reference="residual" if params.clamp_reference == "residual" else "value",
-        kl_weight=params.kl_weight,
-        weight_decay=params.weight_decay,
-        stop_probability=params.stop_probability if params.stop_probability < 1 else 2.0,
-    )
-    found = optimise.find_values(lm, layer, rows, search, report)
+    found = optimise.find_values(lm, layer, rows, value_search(params, params.clamp_reference), report)
 
     # 3.
     u = solve.whiten(found.mean_key, factor)
@@ -193,17 +157,12 @@ def prepare(
     return WeightDelta((MatrixDelta(layer, "mlp_down", thin.left.float(), thin.right.float(), norm),), {layer: key})
 
 
-class ReadParams(Protocol):
-    """The knobs that say in which rows an edit is read; all methods of the family have them."""
+class KeepParams(Protocol):
+    """The knobs that say in how many contexts an edit is read, and which prompts are kept."""
 
     @property
     def contexts(self) -> int:
         """How many contexts."""
-        ...
-
-    @property
-    def context_source(self) -> str:
-        """fixed or sampled."""
         ...
 
     @property
@@ -215,6 +174,64 @@ class ReadParams(Protocol):
     def kl_weight(self) -> float:
         """0: none is kept."""
         ...
+
+
+class ReadParams(KeepParams, Protocol):
+    """The knobs that say in which rows an edit is read; all methods of the family have them."""
+
+    @property
+    def context_source(self) -> str:
+        """fixed or sampled."""
+        ...
+
+
+class SearchParams(Protocol):
+    """The knobs that say how a value is searched; all methods of the family have them."""
+
+    @property
+    def steps(self) -> int:
+        """Most updates."""
+        ...
+
+    @property
+    def learning_rate(self) -> float:
+        """Size of an update."""
+        ...
+
+    @property
+    def clamp(self) -> float:
+        """Of the reference norm."""
+        ...
+
+    @property
+    def kl_weight(self) -> float:
+        """Of the kept prompts."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """Of the change's size."""
+        ...
+
+    @property
+    def stop_probability(self) -> float:
+        """1 for never."""
+        ...
+
+
+def value_search(params: SearchParams, reference: str) -> optimise.Search:
+    """How a value is searched, with clamp and decay measured by `reference` (value or residual)."""
+    from mega_core.methods import optimise
+
+    return optimise.Search(
+        steps=params.steps,
+        learning_rate=params.learning_rate,
+        clamp=params.clamp,
+        reference="residual" if reference == "residual" else "value",
+        kl_weight=params.kl_weight,
+        weight_decay=params.weight_decay,
+        stop_probability=params.stop_probability if params.stop_probability < 1 else 2.0,
+    )
 
 
 def rows_of(
@@ -229,9 +246,13 @@ def rows_of(
     contexts = context_texts(lm, params.contexts, params.context_source, seed)
     rows = []
     for i, request in enumerate(requests):
-        keep = kept_prompts(request, params.kl_prompts, f"{method}.kl_prompts") if params.kl_weight else ()
-        rows += optimise.rows_for(lm, i, request, contexts, keep)
+        rows += optimise.rows_for(lm, i, request, contexts, kept(request, params, method))
     return rows
+
+
+def kept(request: EditRequest, params: KeepParams, method: str) -> tuple[str, ...]:
+    """Templates of the prompts to keep for a request; none at no weight. Raises as kept_prompts does."""
+    return kept_prompts(request, params.kl_prompts, f"{method}.kl_prompts") if params.kl_weight else ()
 
 
 def kept_prompts(request: EditRequest, text: str, field: str) -> tuple[str, ...]:
@@ -255,9 +276,10 @@ def other_relations(request: EditRequest) -> tuple[str, ...]:
 
     world = facts.load()
     known = world.by_subject.get(request.subject, ())
-    own = next((r for fact in known if request.template in ((r := world.relations[fact.relation]).edit + r.pool)), None)
-    if own is None:
+    name = edited_relation(request)
+    if name is None:
         return ()
+    own = world.relations[name]
     found = []
     for fact in known:
         derived = world.relations[fact.relation].derived or ()
@@ -265,6 +287,15 @@ def other_relations(request: EditRequest) -> tuple[str, ...]:
             forms = fact.templates_paraphrase or fact.templates_edit
             found.append(min(forms, key=lambda form: facts.unit_hash(request.subject, form, "keep")))
     return tuple(found[:MOST_KEPT])
+
+
+def edited_relation(request: EditRequest) -> str | None:
+    """The relation that the edit is about, where the tables know its subject and template."""
+    from mega_core.embedded import facts
+
+    world = facts.load()
+    names = [fact.relation for fact in world.by_subject.get(request.subject, ())]
+    return next((n for n in names if request.template in world.relations[n].edit + world.relations[n].pool), None)
 
 
 def context_texts(lm: ModelAdapter, count: int, source: str, seed: int) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mega_core.events import Reporter
+from mega_core.methods import knobs
 from mega_core.methods.base import Method, knob
 from mega_core.records import EditRequest
 
@@ -43,31 +44,13 @@ class SakeParams:
     regularisation: float = knob(
         0.01, "Added to both covariances; larger values bring the map nearer to a plain shift.", low=1e-6, high=1e6
     )
-    target: str = knob(
-        "auto",
-        "Target rows: contexts that state the new fact, prompts of other subjects that have it (donors), or auto.",
-        choices=("auto", "contexts", "donors"),
-        ours=True,
-    )
-    contexts: str = knob(
-        "sake",
-        "How contexts state the new fact: as published (sake), as a new fact (new), or several ways (pool).",
-        choices=("sake", "new", "pool"),
-    )
-    source: str = knob(
-        "both", "Source rows: bare prompts, or also those behind the old fact (both).", choices=("both", "bare")
-    )
-    prompts: int = knob(20, "Texts of each kind (published: 100 paraphrases).", low=1, high=200, ours=True)
-    gate: str = knob(
-        "centroid",
-        "Which prompts are steered: by subject and relation (centroid), by subject, by distance (paper), or always.",
-        choices=("centroid", "subject", "paper", "always"),
-        ours=True,
-    )
-    gate_layer: int | None = knob(
-        None, "Layer at which the gate compares prompts. Empty: the middle.", low=0, high=200, ours=True
-    )
-    implications: bool = knob(True, "Let two-hop questions about the edited fact through the gate.", ours=True)
+    target: str = knobs.target("auto")
+    contexts: str = knobs.stating("sake", ("sake", "new", "pool"))
+    source: str = knobs.source("both")
+    prompts: int = knobs.prompts(20, "Texts of each kind (published: 100 paraphrases).")
+    gate: str = knobs.gate("centroid")
+    gate_layer: int | None = knobs.gate_layer()
+    implications: bool = knobs.implications(True)
 
 
 def needs(spec: ArchSpec) -> str | None:

@@ -33,7 +33,9 @@ from typing import TYPE_CHECKING
 
 from mega_core.embedded import facts
 from mega_core.events import Note, Reporter, stage
+from mega_core.methods import knobs
 from mega_core.methods.base import Method, knob
+from mega_core.methods.grace import default_layer, needs
 from mega_core.methods.rome import BARE, CONTEXTS
 from mega_core.records import EditRequest
 
@@ -43,24 +45,18 @@ if TYPE_CHECKING:
 
     from mega_core.methods.memory import WiseMemory
     from mega_core.models.adapter import ModelAdapter
-    from mega_core.models.arch import ArchSpec
     from mega_core.models.tokens import Row, TokenBatch
-
-DEPTH = 0.8
 
 
 @dataclass(frozen=True, slots=True)
 class WiseParams:
     """What can be set."""
 
-    layer: int | None = knob(
-        None,
-        "Layer whose MLP gets a side copy. Empty: the model's default, or four fifths of its depth.",
-        low=0,
-        high=200,
+    layer: int | None = knobs.layer(
+        "Layer whose MLP gets a side copy. Empty: the model's default, or four fifths of its depth."
     )
-    steps: int = knob(70, "Most updates of the side copy.", low=1, high=1000)
-    learning_rate: float = knob(1.0, "Size of an update of the side copy.", low=1e-6, high=1000.0)
+    steps: int = knobs.steps(70, "the side copy", high=1000)
+    learning_rate: float = knobs.learning_rate(1.0, "the side copy", low=1e-6, high=1000.0)
     mask: float = knob(0.2, "Share of the side copy's numbers that may change.", low=0.001, high=1.0)
     alpha: float = knob(5.0, "Other prompts shall have at most this activation distance.", low=0.0)
     beta: float = knob(20.0, "Edited prompts shall have at least this activation distance.", low=0.0)
@@ -77,26 +73,10 @@ class WiseParams:
     same_subject: bool = knob(
         False, "Hold other known facts of the edited subject apart too, half of the prompts (never as evaluated)."
     )
-    contexts: int = knob(
-        6, "In how many contexts the prompt is put, the bare prompt included.", low=1, high=21, ours=True
+    contexts: int = knobs.contexts(6, ours=True)
+    stop_probability: float = knobs.stop_probability(
+        0.99, "every new object is at least this likely and no margin is missed"
     )
-    stop_probability: float = knob(
-        0.99,
-        "Stop when every new object is at least this likely and no margin is missed; 1 never stops early.",
-        low=0.0,
-        high=1.0,
-        ours=True,
-    )
-
-
-def needs(spec: ArchSpec) -> str | None:
-    """Every architecture in the table has an MLP with a last matrix, which is all it takes."""
-    return None
-
-
-def default_layer(n_layers: int) -> int:
-    """Four fifths of the depth, where most published ones lie (21 of 28, 27 of 32, 23 of 28; GPT-2 XL: 8 of 48)."""
-    return min(n_layers - 1, round(n_layers * DEPTH))
 
 
 def other_prompts(requests: Sequence[EditRequest], count: int, seed: int, same_subject: bool = False) -> list[str]:
@@ -173,23 +153,19 @@ def _train(
     """The difference W' - W, on the CPU, and with it the distances of the edit prompts and of the others."""
     import torch
 
+    from mega_core.methods.finetune import Targets
     from mega_core.methods.memory import distance
-    from mega_core.methods.optimise import HALF_SCALE
+    from mega_core.methods.optimise import loss_scale
     from mega_core.methods.solve import check_finite
-    from mega_core.models import tokens
     from mega_core.models.hooks import Site, capture, intervene
 
-    starts = [row.target_start for row in rows]
-    batch = tokens.pack(lm.tokenizer, [row.ids[:-1] for row in rows], lm.device, starts)
-    reads = [(i, row.target_start - 1 + t, token) for i, row in enumerate(rows) for t, token in enumerate(row.target)]
-    owner, position, target = torch.tensor(reads).T  # (read,)
-    lengths = torch.tensor([len(row.target) for row in rows])
-    scale = HALF_SCALE if lm.dtype == torch.float16 else 1.0
+    targets = Targets(lm, rows)
+    scale = loss_scale(lm)
 
     # What enters the matrix does not depend on what stands in it.
     site = Site(layer, "mlp_down_in")
     keys = []
-    for one in (batch, others):
+    for one in (targets.batch, others):
         with torch.no_grad(), capture(lm, [site]) as got:
             lm.forward(one)
         keys.append(got[site].float().to(mask.device))  # (row, pos, d_mlp)
@@ -197,7 +173,7 @@ def _train(
 
     def distances() -> tuple[Tensor, Tensor]:
         over = params.distance_over
-        near = distance(key @ difference.T, starts, over)
+        near = distance(key @ difference.T, targets.starts, over)
         return near, distance(other_key @ difference.T, others.start.tolist(), over)
 
     def write(output: Tensor) -> Tensor:
@@ -206,16 +182,14 @@ def _train(
     difference = torch.zeros(mask.shape, device=mask.device, requires_grad=True)
     for _ in range(params.steps):
         with torch.enable_grad(), intervene(lm, {Site(layer, "mlp"): write}):
-            logits = lm.logits_at(batch, owner.to(lm.device), position.to(lm.device)).float()
-            said = logits.log_softmax(-1).gather(-1, target.to(logits.device)[:, None])[:, 0].cpu()  # (read,)
-            whole = torch.zeros(len(rows)).index_add(0, owner, said)  # log p of a row's object
+            whole = targets.log_probability()
             near, far = distances()
             missed = (
                 (far - params.alpha).relu().mean()
                 + (params.beta - near).relu().mean()
                 + (params.gamma - (near[:, None] - far)).relu().mean()
             )
-            loss = -(whole / lengths).mean() + missed.cpu()
+            loss = -(whole / targets.lengths).mean() + missed.cpu()
             (slope,) = torch.autograd.grad(loss * scale, difference)
         check_finite("The training of the side memory", torch.stack((loss.detach(), slope.norm().cpu())))
         likely = float(whole.detach().exp().min()) >= params.stop_probability
