@@ -146,10 +146,25 @@ def test_what_is_installed_fits(name):
         assert packaging.SpecifierSet(bounds).contains(installed), f"{package} {installed} is outside {bounds}"
 
 
+OPTIONAL = ("requirements-lora.txt", "requirements-ike.txt")
+"""What single methods need on top; a method says so itself where it is missing."""
+
+
+def test_optional_packages_are_imported_where_they_are_used_only():
+    import ast
+
+    names = {name.replace("-", "_") for file in OPTIONAL for name in requirements(file)}
+    for file in (ROOT / "mega_core").rglob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                roots = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                assert not names & {root.split(".")[0] for root in roots}, file
+
+
 def test_the_runtime_covers_what_the_code_imports():
     import ast
 
-    declared = set(requirements("requirements.txt"))
+    declared = {name for file in ("requirements.txt", *OPTIONAL) for name in requirements(file)}
     project = {"mega_core", "pages", "app"}
     files = [ROOT / "app.py", *(ROOT / "mega_core").rglob("*.py"), *(ROOT / "pages").rglob("*.py")]
     found: dict[str, Path] = {}
