@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mega_core.events import Reporter
+from mega_core.events import Note, Reporter
 from mega_core.methods import knobs
 from mega_core.methods.base import Method, knob
 from mega_core.records import EditRequest
@@ -71,6 +71,7 @@ def prepare(
     def transport(source: Tensor, target: Tensor) -> AffineMap:
         return fit_map(source, target, "ot-full", shrinkage=params.regularisation, absolute=True)
 
+    report(Note("SAKE acts behind the last norm, so the contributions of layers and modules don't show what it does."))
     # 1. and 2.; 3. is the change itself
     return fitting.steered(lm, requests, [Site(lm.n_layers - 1, FINAL)], params, transport, seed, report)
 
