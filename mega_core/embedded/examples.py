@@ -153,6 +153,8 @@ def choose(
     best: dict[str, tuple[float, Report]] = {}
     for _ in range(tries):
         report = run(next(requests))
+        if _begin_alike(report):  # contributions explain first tokens: such a card would show nothing
+            continue
         for kind, value in fitness(outcome(report)).items():
             if value > best.get(kind, (0.0, None))[0]:
                 best[kind] = (value, report)
@@ -162,6 +164,13 @@ def choose(
     if missing:
         raise LookupError(f"none of {tries} edits shows: {', '.join(missing)}; try more")
     return {kind: best[kind][1] for kind in outcomes}
+
+
+def _begin_alike(report: Report) -> bool:
+    """Whether new and original object have the same first token after the edit prompt."""
+    answers = report.frames["answers"]
+    edit = answers[answers["prompt_kind"] == "edit"]
+    return bool(edit.groupby(["state", "prompt"])["token"].nunique().min() < edit["candidate"].nunique())
 
 
 def write(chosen: Mapping[str, Report], folder: Path = FOLDER) -> tuple[Example, ...]:

@@ -19,7 +19,8 @@ def answer_row(state: str, kind: str, prompt: str, candidate: str, prob: float, 
     from math import log
 
     return {
-        "state": state, "case": 0, "prompt_kind": kind, "prompt": prompt, "candidate": candidate, "token": " x",
+        "state": state, "case": 0, "prompt_kind": kind, "prompt": prompt, "candidate": candidate,
+        "token": f" {candidate}",
         "logprob": log(prob), "mean_logprob": log(prob), "prob": prob, "first_prob": prob, "rank": 1 if top else 2,
         "is_top": top, "is_greedy": top,
     }  # fmt: skip

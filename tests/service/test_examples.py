@@ -110,6 +110,16 @@ def test_choose_stops_as_soon_as_all_are_clear():
     assert len(asked) == 3
 
 
+def test_choose_passes_over_objects_that_begin_alike():
+    """Their contributions, which explain first tokens, would show nothing."""
+    alike = {}
+    for kind, report in REPORTS.items():
+        answers = report.frames["answers"].assign(token=" United")
+        alike[kind] = replace(report, frames={**report.frames, "answers": answers})
+    with pytest.raises(LookupError, match="works, leaks, fails"):
+        examples.choose(iter([REQUEST] * 3), lambda _: list(alike.values())[0], tries=3)
+
+
 def test_choose_names_what_it_never_saw():
     with pytest.raises(LookupError, match="leaks, fails"):
         examples.choose(iter([REQUEST] * 3), lambda _: REPORTS["works"], tries=3)
