@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from itertools import islice
 
 import pytest
@@ -126,7 +127,6 @@ def test_choose_names_what_it_never_saw():
 
 
 def test_too_few_prompts_show_nothing():
-    from dataclasses import replace
 
     from mega_core.summary import outcome
 
