@@ -24,6 +24,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("apart", ("pipeline", "stack", "export", "benchmark", "executors", "embedded.train")),
     ("apart", ("jobs",)),
     ("apart", ("service",)),
+    ("apart", ("commands",)),
     ("apart", ("__main__",)),
 )
 # Training measures what it made with the methods; the rest of `embedded` is read by them.
@@ -40,6 +41,7 @@ WITHOUT_TORCH = (
     "mega_core.methods",
     "mega_core.attribution",
     "mega_core.reference",
+    "mega_core.commands",
     "mega_core.__main__",
 )
 

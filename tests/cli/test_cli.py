@@ -11,6 +11,7 @@ import pytest
 
 from mega_core import __main__ as cli
 from mega_core import frames, reference
+from mega_core.commands import edit
 from mega_core.methods.base import METHODS
 from tests.conftest import ROOT
 from tests.service.reports import make_report
@@ -341,10 +342,10 @@ def test_every_kind_of_change_is_put_in_words(kind, title, words):
     row = {"layer": 4, "site": "attn", "kind": kind, "norm": 1.0, "relative_norm": 0.5, "rank": 3, "parameters": 1000}
     report = make_report()
     report = replace(report, frames={**report.frames, "weight_change": frames.from_rows([row], "weight_change")})
-    ((found, text),) = cli.changes(report)
+    ((found, text),) = edit.changes(report)
     assert found == title
     assert words in text
-    assert f"{title:<9} " in cli.summary(report)
+    assert f"{title:<9} " in edit.summary(report)
 
 
 # Stacks, export ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""The command line's commands, a file for each group; each has `add(commands)`, which registers them."""
