@@ -42,7 +42,24 @@ def _contract(name: str, keys: str, values: str) -> tuple[str, Contract]:
 
 # answers: log-probability (nats) of the whole candidate after the prompt; rank (1 = first), is_top: its first token.
 # module_scores: contribution = change of log p(candidate's first token) made by that module, nats (NLKA).
+# contrast_runs: `edit` is the edit's number in its study; induced: how a failure was brought about, empty for a run as
+# it is; probabilities of first tokens. contrast, contrast_sums (nats), leverage: see attribution/contrast; low and high
+# bound 95 % of the draws, chosen is the share of draws whose region has the layer.
+# head_scores: head -1 is what attention writes besides its heads: the bias, and what steering adds.
+# head_sources: position -1 is a text in front of the prompt; attention is the mass from the last token.
+# neuron_scores: coefficient = the neuron's activation; rank 1, 2, ... among the most promoting, -1, -2, ... among the
+#   most suppressing; bound >= contribution; certified: no other neuron of the model belongs before it.
+# attention_neurons: one number (dim) of a head at one source position; coefficient = attention weight * value.
+# neuron_tokens: what a neuron promotes and suppresses at the sign of its coefficient; neuron "12" or "head.dim.pos".
+# query_layers: share of a module (or "embedding", layer -1) in what switches the value neurons ("ffn", "attn") on.
+# lens: the candidate's probability if the stream there were the last. lens_crossing: first place where new > true.
+# trace: probability of the candidate with clean, corrupted, and partly restored subject; effect = restored - corrupted.
+# residual: dot of what a module writes with the candidate's unembedding row, no norm; cumulative over layers.
+# attention: mass that the last token gives to a segment of the prompt (first, subject, between, last, context).
+# stress: the old fact after prefixes that suggest it. stress_heads: p(true) read off a head's output alone.
+# verified: a predicted effect of an intervention (nats), the actual one, and that of equal-size random ones.
 # weight_change: norms are Frobenius; relative_norm is against the unedited matrix.
+# weight_spectrum: singular values, greatest first, of the change and of the unedited matrix.
 CONTRACTS: Mapping[str, Contract] = MappingProxyType(
     dict(
         (
@@ -58,22 +75,84 @@ CONTRACTS: Mapping[str, Contract] = MappingProxyType(
             _contract("module_totals", "state case:int candidate", "start:float end:float total:float"),
             _contract("head_scores", "state case:int layer:int head:int candidate", "contribution:float"),
             _contract(
-                "neuron_scores", "state case:int layer:int neuron:int candidate", "contribution:float coefficient:float"
+                "head_sources",
+                "state case:int layer:int head:int position:int candidate",
+                "token attention:float contribution:float",
+            ),
+            _contract(
+                "neuron_scores",
+                "state case:int layer:int neuron:int candidate",
+                "contribution:float coefficient:float bound:float rank:int certified:bool",
+            ),
+            _contract(
+                "attention_neurons",
+                "state case:int layer:int head:int dim:int position:int candidate",
+                "token contribution:float coefficient:float bound:float rank:int certified:bool",
+            ),
+            _contract(
+                "neuron_tokens",
+                "state case:int kind layer:int neuron direction rank:int",
+                "token token_id:int logit:float",
+            ),
+            _contract("query_layers", "state case:int values layer:int module candidate", "score:float"),
+            _contract(
+                "query_neurons",
+                "state case:int layer:int neuron:int candidate",
+                "score:float coefficient:float rank:int is_value:bool",
             ),
             _contract(
                 "lens",
                 "state case:int layer:int site position:int candidate",
                 "token logprob:float prob:float rank:int",
             ),
+            _contract("lens_crossing", "state case:int", "layer:int site overtakes:bool stays:bool"),
             _contract(
                 "trace",
-                "case:int layer:int site position:int",
+                "state case:int layer:int site position:int candidate",
                 "token p_clean:float p_corrupt:float p_restored:float effect:float",
             ),
-            _contract("attention", "state case:int layer:int head:int segment", "mass:float"),
+            _contract("residual", "state case:int layer:int module candidate", "dot:float cumulative:float"),
+            _contract(
+                "attention",
+                "state case:int prompt_kind prompt layer:int head:int segment",
+                "mass:float",
+            ),
+            _contract(
+                "stress",
+                "state case:int kind",
+                "prompt p_new:float p_true:float says_true:bool prefers_true:bool",
+            ),
+            _contract("stress_heads", "state case:int kind layer:int head:int", "lens_prob:float contribution:float"),
+            _contract(
+                "verified",
+                "state case:int unit layer:int index candidate action",
+                "predicted:float actual:float control:float control_sd:float controls:int",
+            ),
             _contract("weight_change", "layer:int site", "kind norm:float relative_norm:float rank:int parameters:int"),
+            _contract("weight_spectrum", "layer:int site index:int", "singular:float base_singular:float"),
             _contract("generations", "state case:int prompt_kind prompt", "text"),
             _contract("tokens", "case:int position:int", "token is_subject:bool"),
+            _contract(
+                "contrast_runs",
+                "editor edit:int induced",
+                "success:bool likelier:bool prob_new:float prob_true:float",
+            ),
+            _contract("run_scores", "editor edit:int induced state layer:int module candidate", "contribution:float"),
+            _contract(
+                "contrast",
+                "editor statistic failures module layer:int candidate",
+                "mean:float low:float high:float n_success:int n_failure:int",
+            ),
+            _contract(
+                "contrast_sums",
+                "editor statistic failures module span candidate",
+                "mean:float low:float high:float",
+            ),
+            _contract(
+                "leverage",
+                "editor basis layer:int",
+                "leverage:float low:float high:float smoothed:float in_region:bool chosen:float",
+            ),
         )
     )
 )

@@ -11,9 +11,8 @@ Whatever happens in between (an error, a person who cancels, no memory left), th
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from io import BytesIO
 from time import perf_counter
 from typing import Any, Protocol, runtime_checkable
@@ -24,14 +23,15 @@ import torch
 import transformers
 
 from mega_core import __version__, alarms, frames
-from mega_core.attribution import VIEWS
+from mega_core.attribution import look_at, read_view
+from mega_core.attribution.base import Asked
 from mega_core.errors import BadInput, FrameError, OutOfMemory, UnsupportedMethod
 from mega_core.evaluation import looks, metrics
 from mega_core.events import Event, Note, Reporter, silent, stage
 from mega_core.keys import digest
 from mega_core.methods.base import METHODS, Method
 from mega_core.models.adapter import ModelAdapter
-from mega_core.records import EditRequest, Inspection, Receipt, Report
+from mega_core.records import Inspection, Receipt, Report
 
 STAGES = ("before", "edit", "after", "restore")
 
@@ -51,13 +51,6 @@ class Memo(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Look:
-    name: str
-    version: int
-    run: Callable[[ModelAdapter, Sequence[EditRequest], str, Reporter], Frames]
-
-
 def inspect(plan: Inspection, lm: ModelAdapter, report: Reporter = silent, memo: Memo | None = None) -> Report:
     """Answer a question. The model is bit-identical afterwards, also when this raises.
 
@@ -65,21 +58,23 @@ def inspect(plan: Inspection, lm: ModelAdapter, report: Reporter = silent, memo:
     Raises ActionableError (BadInput, UnknownName, UnsupportedMethod, OutOfMemory ...), and Cancelled from the reporter.
     """
     method, params = _fit(plan, lm)
-    wanted = [_Look("evaluation", looks.VERSION, looks.look)]
-    wanted += [_Look(view.name, view.version, view.look) for view in (VIEWS[name] for name in plan.views)]
+    views = tuple(read_view(text) for text in plan.views)
     log = _Log(report)
     try:
         with ExitStack() as edited:
-            with log.stage("before", len(wanted)) as step:
+            with log.stage("before", 2) as step:
                 digest_before = lm.live_digest()
-                before = _merged(_base_look(look, plan, lm, log.tell, memo, step) for look in wanted)
+                before = _base_looks(views, plan, lm, log.tell, memo, step)
             with log.stage("edit"):
                 change = method.prepare(lm, plan.requests, params, plan.seed, log.tell)
                 summary = change.summary()
                 fluent = alarms.perplexity(lm)
                 edited.enter_context(change.applied(lm))
-            with log.stage("after", len(wanted)) as step:
-                after = _merged(_run(look, plan, lm, "after", log.tell, step) for look in wanted)
+            with log.stage("after", 2) as step:
+                after = dict(looks.look(lm, plan.requests, "after", log.tell))
+                step()
+                after |= _merged(look_at(lm, views, plan.requests, "after", log.tell).values())
+                step()
                 signs = alarms.alarms(lm, change, plan.requests, before=fluent, after=alarms.perplexity(lm))
             with log.stage("restore"):
                 edited.close()
@@ -172,34 +167,45 @@ def _fit(plan: Inspection, lm: ModelAdapter) -> tuple[Method[Any], Any]:
     return method, method.read(plan.method)
 
 
-def _run(
-    look: _Look, plan: Inspection, lm: ModelAdapter, state: str, report: Reporter, step: Callable[[], None]
-) -> Frames:
-    found = look.run(lm, plan.requests, state, report)
+def _base_looks(
+    views: Sequence[Asked],
+    plan: Inspection,
+    lm: ModelAdapter,
+    report: Reporter,
+    memo: Memo | None,
+    step: Callable[[], None],
+) -> dict[str, pd.DataFrame]:
+    """Every look at the unedited model: from the memo what it has, the rest made and kept."""
+    # Without the files' digest two models would share a key. The environment is part of it: a difference of two states
+    # must not be a difference of two machines.
+    about = {"requests": plan.requests, "model": lm.ref, "weights": lm.file_digest, "environment": environment(lm)}
+
+    def key(look: str, version: int) -> str:
+        return f"look:{digest({**about, 'look': look, 'version': version})}"
+
+    def kept(look: str, version: int) -> dict[str, pd.DataFrame] | None:
+        data = memo.get(key(look, version)) if memo is not None and lm.file_digest else None
+        return None if data is None else _unpack(data)
+
+    def keep(look: str, version: int, found: Frames) -> None:
+        if memo is not None and lm.file_digest:
+            memo.put(key(look, version), _pack(found))
+
+    tables = kept("evaluation", looks.VERSION)
+    if tables is None:
+        tables = dict(looks.look(lm, plan.requests, "before", report))
+        keep("evaluation", looks.VERSION, tables)
     step()
-    return found
+    known = {one.text: kept(one.text, one.view.version) for one in views}
+    missing = [one for one in views if known[one.text] is None]
+    for one, found in zip(missing, look_at(lm, missing, plan.requests, "before", report).values(), strict=True):
+        keep(one.text, one.view.version, found)
+        known[one.text] = found
+    step()
+    return tables | _merged(found for found in known.values() if found is not None)
 
 
-def _base_look(
-    look: _Look, plan: Inspection, lm: ModelAdapter, report: Reporter, memo: Memo | None, step: Callable[[], None]
-) -> Frames:
-    """A look at the unedited model, from the memo where it has one."""
-    if memo is None or not lm.file_digest:  # without the files' digest two models would share a key
-        return _run(look, plan, lm, "before", report, step)
-    # The environment is part of the key: a difference of two states must not be a difference of two machines.
-    asked = {"look": look.name, "version": look.version, "requests": plan.requests, "model": lm.ref}
-    key = f"look:{digest({**asked, 'weights': lm.file_digest, 'environment': environment(lm)})}"
-    kept = memo.get(key)
-    known = None if kept is None else _unpack(kept)
-    if known is not None:
-        step()
-        return known
-    found = _run(look, plan, lm, "before", report, step)
-    memo.put(key, _pack(found))
-    return found
-
-
-def _merged(parts: Iterator[Frames]) -> dict[str, pd.DataFrame]:
+def _merged(parts: Iterable[Frames]) -> dict[str, pd.DataFrame]:
     return {name: frame for part in parts for name, frame in part.items()}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import struct
 import sys
 import threading
@@ -26,8 +27,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Protocol
 
 import mega_core.methods  # noqa: F401 - fills METHODS
-from mega_core import __version__, folders
-from mega_core.attribution import VIEWS
+from mega_core import __version__, contrast_study, folders
+from mega_core.attribution import read_view
 from mega_core.embedded import examples as shipped
 from mega_core.embedded import facts as known
 from mega_core.embedded.examples import Example
@@ -35,6 +36,7 @@ from mega_core.errors import (
     ActionableError,
     BadInput,
     Busy,
+    ModelUnavailable,
     OutOfMemory,
     StoreError,
     UnsupportedMethod,
@@ -57,13 +59,17 @@ from mega_core.records import (
     Scalar,
     clean_text,
 )
+from mega_core.regions import saved as saved_regions
 from mega_core.settings import ModelEntry, Settings, weights_digest
 from mega_core.store import Store, StoreHealth
 from mega_core.summary import outcome
 
 if TYPE_CHECKING:
+    from mega_core.attribution.contrast import Rules
+    from mega_core.contrast_study import Study
     from mega_core.models.adapter import ModelAdapter
     from mega_core.models.pool import ModelPool
+    from mega_core.regions import Region
     from mega_core.stack import EditStack
 
 log = logging.getLogger(__name__)
@@ -688,13 +694,56 @@ class Service:
 
             return self._export(lm, EditStack.load(stack, lm), folder, report)
 
+    # Studies ---------------------------------------------------------------------------------------------------------
+
+    def contrast(
+        self,
+        model: str,
+        methods: Sequence[str],
+        requests: Sequence[EditRequest],
+        *,
+        rules: Rules | None = None,
+        label: str = "argmax",
+        induced: int = contrast_study.INDUCED,
+        seed: int = 0,
+        report: Reporter = silent,
+    ) -> Study:
+        """Contrast edits that work with edits that fail, each run an ordinary question: what is stored is reused."""
+
+        def answer(method: str, request: EditRequest, params: Mapping[str, object]) -> Report:
+            entry, chosen = self._asked(model, method, contrast_study.VIEWS, 0)
+            return self.run(self._planned(entry, chosen, (request,), params, contrast_study.VIEWS, 0))
+
+        return contrast_study.study(
+            answer, methods, requests, rules=rules, label=label, induced=induced, seed=seed, report=report
+        )
+
+    def weights(self, model: str) -> str:
+        """The digest of a model's files. Raises ModelUnavailable when it isn't here."""
+        return self._weights(self.settings.model(model))
+
+    def regions(self, model: str) -> dict[str, Region]:
+        """Name -> region of this model, of those that were kept; none when the model isn't here."""
+        try:
+            weights = self.weights(model)
+        except ModelUnavailable:
+            return {}
+        return saved_regions(self.settings.cache_dir / "regions", model, weights)
+
+    def keep_region(self, name: str, region: Region) -> None:
+        """Keep a region under a name, in the place of one of that name. Raises BadInput on a name that is none."""
+        if not re.fullmatch(r"[\w-][\w.-]{0,63}", name):
+            raise BadInput("name", f"{name[:40]!r} is no name for a region.", "Use letters, digits, '-', '_' or '.'.")
+        region.save(self.settings.cache_dir / "regions" / f"{name}.json")
+
     # Inside ----------------------------------------------------------------------------------------------------------
 
     def _asked(self, model: str, method: str, views: Sequence[str], seed: int) -> tuple[ModelEntry, Method[Any]]:
         """The entries of these names. Raises UnknownName, or BadInput on a seed that is none."""
         entry, chosen = self.settings.model(model), METHODS[method]
-        for view in views:
-            VIEWS[view]
+        names = [read_view(text).view.name for text in views]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise BadInput("views", f"{twice[0]} is there twice.", "Ask once, with one set of parameters.")
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
             raise BadInput("seed", f"{str(seed)[:20]!r} is not a seed.", "Give a whole number from 0 to 2147483647.")
         return entry, chosen
@@ -716,7 +765,7 @@ class Service:
             raise UnsupportedMethod(
                 f"{chosen.title} can't edit {entry.name}: {reason}", "Choose another method or model."
             )
-        return Inspection(entry.ref(), ref, requests, tuple(views), seed)
+        return Inspection(entry.ref(), ref, requests, tuple(read_view(view).text for view in views), seed)
 
     @contextmanager
     def _held(self, ref: ModelRef, report: Reporter) -> Iterator[ModelAdapter]:

@@ -15,13 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import what stands in a row above, and its own package. In "free" rows modules may import each other.
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("free", ("", "records", "frames", "events", "errors", "keys")),  # "" is mega_core/__init__.py: the version
-    ("free", ("registry", "store", "notebook", "settings", "migrations", "summary", "folders")),
+    ("free", ("", "records", "frames", "events", "errors", "keys", "params")),  # "" is mega_core/__init__.py: the version
+    ("free", ("registry", "store", "notebook", "settings", "migrations", "summary", "folders", "regions")),
     ("apart", ("models",)),
     ("apart", ("changes", "embedded")),
     ("apart", ("methods", "attribution", "masking", "evaluation", "datasets")),
     ("free", ("alarms", "reference")),
-    ("apart", ("pipeline", "stack", "export", "benchmark", "executors", "embedded.train")),
+    ("apart", ("pipeline", "stack", "export", "benchmark", "executors", "contrast_study", "embedded.train")),
     ("apart", ("jobs",)),
     ("apart", ("service",)),
     ("apart", ("commands",)),
@@ -32,7 +32,7 @@ TOOLS = {"mega_core.embedded.train": "embedded.train", "mega_core.embedded.evalu
 RANK = {name: rank for rank, (_, names) in enumerate(ROWS) for name in names}
 
 # Pages draw what the service hands them: plain values, the words they are written in, and their table columns.
-PAGES_MAY_USE = {"records", "frames", "errors", "events", "service", "jobs", "notebook", "summary", ""}
+PAGES_MAY_USE = {"records", "params", "frames", "errors", "events", "service", "jobs", "notebook", "summary", ""}
 # From below the service only what describes things and computes nothing on a model.
 PAGES_MAY_ALSO_USE = {"mega_core.methods.base", "mega_core.evaluation.metrics", "mega_core.evaluation.text"}
 # What has to start fast: the first page and the command line's help are drawn before torch is imported.

@@ -285,11 +285,11 @@ def test_failing_leaves_the_model_as_it_was(
             raise error
         return original_look(lm, requests, state, report)
 
-    def view(self: Any, lm: ModelAdapter, requests: Any, state: str, report: Reporter) -> Any:
+    def view(self: Any, recording: Any, params: Any, state: str, report: Reporter) -> Any:
         if state == "after" and place == "view after":
-            with intervene(lm, {Site(1, "attn"): lambda value: value + 1}):
+            with intervene(recording.lm, {Site(1, "attn"): lambda value: value + 1}):
                 raise error
-        return original_view(lm, requests, state, report)
+        return original_view(recording, params, state, report)
 
     def prepare(lm: ModelAdapter, requests: Any, params: NudgeParams, seed: int, report: Reporter) -> Any:
         change = nudge(lm, requests, params, seed, report)

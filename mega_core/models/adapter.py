@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -56,7 +56,10 @@ class _Block(NamedTuple):
     block: nn.Module
     attn: nn.Module
     attn_out: nn.Module
+    value: nn.Module
     mlp: nn.Module
+    mlp_up: nn.Module
+    mlp_gate: nn.Module | None
     mlp_down: nn.Module
     attn_norm: nn.Module
     mlp_norm: nn.Module
@@ -102,8 +105,12 @@ class ModelAdapter:
         blocks = _find(model, spec.blocks)
         if not isinstance(blocks, nn.ModuleList) or not len(blocks):
             raise UnsupportedModel(f"{ref.name}: {spec.blocks!r} is not a list of blocks.", "Choose another model.")
-        paths = (spec.attn, spec.attn_out, spec.mlp, spec.mlp_down, spec.attn_norm, spec.mlp_norm)
-        self._blocks = [_Block(block, *(_find(block, path) for path in paths)) for block in blocks]
+        paths = (
+            spec.attn, spec.attn_out, spec.value, spec.mlp, spec.mlp_up, spec.mlp_gate, spec.mlp_down,
+            spec.attn_norm, spec.mlp_norm,
+        )  # fmt: skip
+        found = [[_find(block, path) if path else None for path in paths] for block in blocks]
+        self._blocks = [_Block(block, *cast(Any, parts)) for block, parts in zip(blocks, found, strict=True)]
         self.final_norm = _find(model, spec.final_norm)
         head = model.get_output_embeddings()
         if head is None:
@@ -168,6 +175,46 @@ class ModelAdapter:
         """The matrix as (out, in): a view, so writing into it changes the model."""
         weight = self.weight(layer, site).detach()
         return weight.T if self.conv1d(layer, site) else weight
+
+    def bias(self, layer: int, site: str) -> Float[Tensor, " out"] | None:
+        """What "mlp_down" or "attn_out" adds besides its matrix, or None."""
+        bias = getattr(self._matrix(layer, site), "bias", None)
+        return None if bias is None else bias.detach()
+
+    def head_out(self, layer: int) -> Float[Tensor, "head head_dim d_model"]:
+        """W_O, cut into heads: row j of a head is what its j-th number writes to the residual stream."""
+        return self.read_weight(layer, "attn_out").T.unflatten(0, (self.n_heads, self.head_dim))
+
+    def value_module(self, layer: int) -> nn.Module:
+        """The module whose output holds the values, alone or with queries and keys (see values_in)."""
+        return self._at(layer).value
+
+    def value_weight(self, layer: int) -> Float[Tensor, "kv_head head_dim d_model"]:
+        """W_V by key/value head, a view: row j makes the head's j-th number from the normalised stream."""
+        return self.values_in(_as_rows(self.value_module(layer)).T).movedim(0, -1)
+
+    def value_bias(self, layer: int) -> Float[Tensor, "kv_head head_dim"] | None:
+        """What is added to the values, or None."""
+        bias = getattr(self.value_module(layer), "bias", None)
+        return None if bias is None else self.values_in(bias.detach())
+
+    def values_in(self, output: Float[Tensor, "*batch width"]) -> Float[Tensor, "*batch kv_head head_dim"]:
+        """The values in an output of value_module: a view of it."""
+        if self.spec.value_rows == "per_head":  # every head: its query, its key, its value
+            return output.unflatten(-1, (self.n_heads, 3 * self.head_dim))[..., 2 * self.head_dim :]
+        width = self.n_kv_heads * self.head_dim
+        return output[..., -width:].unflatten(-1, (self.n_kv_heads, self.head_dim))
+
+    def kv_head(self, head: int) -> int:
+        """Which key/value head serves a query head."""
+        return head // (self.n_heads // self.n_kv_heads)
+
+    def mlp_in(self, layer: int, which: str = "up") -> Float[Tensor, "d_mlp d_model"]:
+        """What the neurons look for: rows of the MLP's first matrix ("up"), or of its gate ("gate")."""
+        module = self._at(layer).mlp_up if which == "up" else self._at(layer).mlp_gate
+        if module is None or which not in ("up", "gate"):
+            raise BadInput("matrix", f"{self.name} has no MLP matrix {which!r}.", "Choose up.")
+        return _as_rows(module)
 
     @property
     def head_weight(self) -> Float[Tensor, "vocab d_model"]:
@@ -476,6 +523,11 @@ def bit_sums(tensor: Tensor) -> Int[Tensor, " 2"]:
 
 _CHUNK = 2**24
 _MULTIPLIER = 0x1E3779B97F4A7C15  # spreads the positions over all 64 bits
+
+
+def _as_rows(module: nn.Module) -> Float[Tensor, "out in"]:
+    weight: Any = module.weight
+    return weight.detach().T if type(module).__name__ == "Conv1D" else weight.detach()
 
 
 def _rows_of(places: Int[Tensor, "batch pos"], value: Tensor) -> Int[Tensor, "batch 1"]:

@@ -20,7 +20,15 @@ class ArchSpec:
     attn: str
     attn_out: str
     """The matrix after the heads (W_O)."""
+    value: str
+    """The matrix that makes the values (W_V), alone or with queries and keys."""
+    value_rows: Literal["own", "last_third", "per_head"]
+    """Which rows of it: all, the last third, or the last third of every head's."""
     mlp: str
+    mlp_up: str
+    """The MLP's first matrix; its rows are what the neurons look for."""
+    mlp_gate: str
+    """The matrix of its gate, "" without one."""
     mlp_down: str
     """The MLP's last matrix, the one that ROME and its family edit."""
     attn_norm: str
@@ -39,7 +47,11 @@ def _llama_like(model_type: str) -> ArchSpec:
         blocks="model.layers",
         attn="self_attn",
         attn_out="self_attn.o_proj",
+        value="self_attn.v_proj",
+        value_rows="own",
         mlp="mlp",
+        mlp_up="mlp.up_proj",
+        mlp_gate="mlp.gate_proj",
         mlp_down="mlp.down_proj",
         attn_norm="input_layernorm",
         mlp_norm="post_attention_layernorm",
@@ -56,7 +68,11 @@ ARCHS: dict[str, ArchSpec] = {
         blocks="transformer.h",
         attn="attn",
         attn_out="attn.c_proj",
+        value="attn.c_attn",
+        value_rows="last_third",
         mlp="mlp",
+        mlp_up="mlp.c_fc",
+        mlp_gate="",
         mlp_down="mlp.c_proj",
         attn_norm="ln_1",
         mlp_norm="ln_2",
@@ -70,7 +86,11 @@ ARCHS: dict[str, ArchSpec] = {
         blocks="transformer.h",
         attn="attn",
         attn_out="attn.out_proj",
+        value="attn.v_proj",
+        value_rows="own",
         mlp="mlp",
+        mlp_up="mlp.fc_in",
+        mlp_gate="",
         mlp_down="mlp.fc_out",
         attn_norm="ln_1",
         mlp_norm="ln_1",
@@ -84,7 +104,11 @@ ARCHS: dict[str, ArchSpec] = {
         blocks="gpt_neox.layers",
         attn="attention",
         attn_out="attention.dense",
+        value="attention.query_key_value",
+        value_rows="per_head",
         mlp="mlp",
+        mlp_up="mlp.dense_h_to_4h",
+        mlp_gate="",
         mlp_down="mlp.dense_4h_to_h",
         attn_norm="input_layernorm",
         mlp_norm="post_attention_layernorm",

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PARTS = (  # in the order in which a block computes them
     "block_in",  # residual stream before the block                 (batch, pos, d_model)
+    "value",  # the values, before the pattern mixes them           (batch, pos, n_kv_heads * head_dim)
     "attn_out_in",  # the heads' outputs side by side, before W_O   (batch, pos, n_heads * head_dim)
     "attn",  # what attention writes                                (batch, pos, d_model)
     "pattern",  # attention weights; read only                      (batch, head, pos, pos)
@@ -163,6 +164,8 @@ def _place(stack: ExitStack, lm: ModelAdapter, site: Site, see: _See) -> None:
     see = _own_positions(lm, site, see)
     if site.part == "block_in":
         _on_input(stack, lm.block(layer), see)
+    elif site.part == "value":
+        _on_value(stack, lm, layer, see)
     elif site.part == "attn_out_in":
         _on_input(stack, lm.attn_out(layer), see)
     elif site.part == "mlp_down_in":
@@ -211,6 +214,18 @@ def _on_resid_mid(stack: ExitStack, lm: ModelAdapter, layer: int, see: _See) -> 
 
     _on_input(stack, lm.block(layer), remember)
     _on_output(stack, lm.attn(layer), at_attention)
+
+
+def _on_value(stack: ExitStack, lm: ModelAdapter, layer: int, see: _See) -> None:
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        new = see(lm.values_in(output).flatten(-2))
+        if new is None:
+            return None
+        changed = output.clone()
+        lm.values_in(changed).copy_(new.unflatten(-1, (lm.n_kv_heads, lm.head_dim)))
+        return changed
+
+    stack.callback(lm.value_module(layer).register_forward_hook(hook).remove)
 
 
 def _on_final(stack: ExitStack, lm: ModelAdapter, layer: int, see: _See) -> None:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mega_core.attribution import VIEWS, nlka
+from mega_core.attribution import VIEWS, frozen, look_at, read_view, recording
 from mega_core.changes import MatrixDelta, WeightDelta
 from mega_core.errors import ActionableError
 from mega_core.events import Cancelled, Note, silent
@@ -20,13 +20,22 @@ SHORT = EditRequest("Italy", "{}", "Tokyo")
 REQUESTS = (FRANCE, TOWER, SHORT)
 
 
+def look(lm: ModelAdapter, requests, state: str, report):
+    (found,) = look_at(lm, [read_view("module_scores")], requests, state, report).values()
+    return found
+
+
+def states_of(lm: ModelAdapter, request: EditRequest) -> torch.Tensor:
+    return recording.record(lm, [request]).states
+
+
 def first_tokens(lm: ModelAdapter, request: EditRequest) -> dict[str, int]:
     both = {"new": request.target_new, "true": request.target_true}
     return {name: tokens.target_ids(lm.tokenizer, request.prompt, word)[0] for name, word in both.items() if word}
 
 
 def test_it_telescopes_and_ends_at_the_models_own_answer(lm: ModelAdapter) -> None:
-    found = nlka.look(lm, REQUESTS, "before", silent)
+    found = look(lm, REQUESTS, "before", silent)
     scores, totals = found["module_scores"], found["module_totals"]
     assert len(scores) == 5 * 2 * lm.n_layers  # five candidates: SHORT has no true object
     assert set(scores["module"]) == {"attn", "ffn"}
@@ -43,15 +52,16 @@ def test_the_last_state_gives_the_whole_distribution(lm: ModelAdapter) -> None:
     batch = lm.encode([request.prompt for request in REQUESTS])
     everything = torch.arange(lm.vocab_size).expand(len(REQUESTS), -1)
     with torch.no_grad():
-        log_p = nlka.log_probs(lm, nlka.frozen_norm(lm, nlka.running_states(lm, batch)), everything)
+        seen = recording.record(lm, REQUESTS)
+        log_p = seen.lens.log_probs(seen.states, everything)
         own = torch.log_softmax(lm.last_logits(batch), -1)
     torch.testing.assert_close(log_p[-1], own, atol=1e-4, rtol=0)
     torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(log_p.shape[:2]))
 
 
 def test_each_contribution_is_the_definitions(lm: ModelAdapter) -> None:
-    scores = nlka.look(lm, REQUESTS, "before", silent)["module_scores"]
-    totals = nlka.look(lm, REQUESTS, "before", silent)["module_totals"]
+    scores = look(lm, REQUESTS, "before", silent)["module_scores"]
+    totals = look(lm, REQUESTS, "before", silent)["module_totals"]
     parts = [Site(layer, part) for layer in range(lm.n_layers) for part in ("attn", "mlp")]
     norm = lm.final_norm
     zeros = np.zeros(lm.d_model)
@@ -84,10 +94,10 @@ def test_each_contribution_is_the_definitions(lm: ModelAdapter) -> None:
 def test_slices_of_the_vocabulary_and_groups_of_prompts_change_nothing(
     lm: ModelAdapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = nlka.look(lm, REQUESTS, "before", silent)["module_scores"]
-    monkeypatch.setattr(nlka, "LOGITS_AT_ONCE", 100)
-    monkeypatch.setattr(nlka, "CAPTURE_BYTES", 1)
-    sliced = nlka.look(lm, REQUESTS, "before", silent)["module_scores"]
+    whole = look(lm, REQUESTS, "before", silent)["module_scores"]
+    monkeypatch.setattr(frozen, "LOGITS_AT_ONCE", 100)
+    monkeypatch.setattr(recording, "CAPTURE_BYTES", 1)
+    sliced = look(lm, REQUESTS, "before", silent)["module_scores"]
     np.testing.assert_allclose(sliced["contribution"], whole["contribution"], atol=1e-5)
     assert sliced.drop(columns="contribution").equals(whole.drop(columns="contribution"))
 
@@ -95,13 +105,12 @@ def test_slices_of_the_vocabulary_and_groups_of_prompts_change_nothing(
 def test_adding_the_modules_output_has_the_effect_it_reports(lm: ModelAdapter) -> None:
     """Only at the last MLP: whatever comes later would react, and here nothing comes later. Norm frozen by hand."""
     last = lm.n_layers - 1
-    batch = lm.encode([FRANCE.prompt])
     with torch.no_grad():
-        states = nlka.running_states(lm, batch)
+        states = states_of(lm, FRANCE)
         new = torch.tensor([[first_tokens(lm, FRANCE)["new"]]])
-        path = nlka.log_probs(lm, nlka.frozen_norm(lm, states), new)[:, 0, 0]
-        alone = nlka.log_probs(lm, nlka.frozen_norm(lm, states[[-2, -1]]), new)[:, 0, 0]
-    scores = nlka.look(lm, [FRANCE], "before", silent)["module_scores"]
+        path = frozen.FrozenLens.of(lm, states[-1]).log_probs(states, new)[:, 0, 0]
+        alone = frozen.FrozenLens.of(lm, states[-1]).log_probs(states[[-2, -1]], new)[:, 0, 0]
+    scores = look(lm, [FRANCE], "before", silent)["module_scores"]
     row = scores[(scores["layer"] == last) & (scores["module"] == "ffn") & (scores["candidate"] == "new")].iloc[0]
     assert row["contribution"] == pytest.approx(float(alone[1] - alone[0]), abs=1e-6)
     assert float(path[-1]) == pytest.approx(float(alone[1]), abs=1e-6)
@@ -111,10 +120,10 @@ def test_an_edit_before_a_layer_moves_only_what_comes_after_it(tiny_lm) -> None:
     lm = tiny_lm("llama")
     left, right = torch.randn(lm.d_model, 1), torch.randn(lm.d_mlp, 1)
     edit = WeightDelta((MatrixDelta(1, "mlp_down", left, right, 1.0),))
-    states_before = nlka.running_states(lm, lm.encode([FRANCE.prompt]))
+    states_before = states_of(lm, FRANCE)
     with edit.applied(lm), torch.no_grad():
-        states_after = nlka.running_states(lm, lm.encode([FRANCE.prompt]))
-        after = nlka.look(lm, [FRANCE], "after", silent)
+        states_after = states_of(lm, FRANCE)
+        after = look(lm, [FRANCE], "after", silent)
     assert torch.equal(states_before[:4], states_after[:4])  # up to the attention of layer 1
     assert not torch.equal(states_before[4], states_after[4])
     assert set(after["module_scores"]["state"]) == {"after"}
@@ -125,7 +134,7 @@ def test_a_shared_first_token_is_said(tiny_lm) -> None:
     lm = tiny_lm("gpt2")
     first = tokens.target_ids(lm.tokenizer, "France is", "Paris")
     assert first == tokens.target_ids(lm.tokenizer, "France is", "Paris, Texas")[: len(first)]
-    found = nlka.look(lm, [EditRequest("France", "{} is", "Paris, Texas", "Paris")], "before", said.append)
+    found = look(lm, [EditRequest("France", "{} is", "Paris, Texas", "Paris")], "before", said.append)
     assert [event for event in said if isinstance(event, Note)]
     both = found["module_totals"].set_index("candidate")["total"]
     assert both["new"] == both["true"]
@@ -136,7 +145,7 @@ def test_numbers_that_are_not_finite_are_refused(tiny_lm) -> None:
     huge = torch.full((lm.d_model, 1), float("inf"))
     broken = WeightDelta((MatrixDelta(0, "mlp_down", huge, torch.ones(lm.d_mlp, 1), 1.0),))
     with broken.applied(lm), pytest.raises(ActionableError, match="not finite"):
-        nlka.look(lm, [FRANCE], "after", silent)
+        look(lm, [FRANCE], "after", silent)
 
 
 def test_cancelling_leaves_no_hook(tiny_lm) -> None:
@@ -144,9 +153,8 @@ def test_cancelling_leaves_no_hook(tiny_lm) -> None:
         raise Cancelled
 
     with pytest.raises(Cancelled):
-        nlka.look(tiny_lm("gpt_neox"), [FRANCE], "before", stop)
+        look(tiny_lm("gpt_neox"), [FRANCE], "before", stop)
 
 
-def test_the_registered_view_is_this_function(tiny_lm) -> None:
-    view = VIEWS["module_scores"]
-    assert set(view.look(tiny_lm("qwen3"), [FRANCE], "before", silent)) == set(view.frames)
+def test_the_view_fills_the_frames_it_names(tiny_lm) -> None:
+    assert set(look(tiny_lm("qwen3"), [FRANCE], "before", silent)) == set(VIEWS["module_scores"].frames)
