@@ -21,7 +21,7 @@ STAGE_WORDS = {
     "after": "Look at the edited model",
     "answers": "Answer every prompt",
     "generations": "Write continuations",
-    "module_scores": "Read layers and modules",
+    "views": "Look inside",
     "restore": "Give the model back",
     "ask": "Ask the model",
 }

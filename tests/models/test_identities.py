@@ -12,7 +12,7 @@ from mega_core.models import adapter as adapter_module
 from mega_core.models import tokens
 from mega_core.models.adapter import ModelAdapter, bit_sums, check_parts
 from mega_core.models.arch import ARCHS, REFUSED, spec_of
-from mega_core.models.hooks import PARTS, Site, capture
+from mega_core.models.hooks import PARTS, Site, capture, intervene
 from mega_core.records import ModelRef
 from tests.conftest import ARCH_NAMES
 from tests.tiny import LAYERS, MAX_PARAMETERS, tiny
@@ -292,3 +292,60 @@ def test_unknown_layers_and_sites_name_the_known_ones(lm: ModelAdapter):
             lm.block(layer)
     with pytest.raises(BadInput, match="mlp_down or attn_out"):
         lm.weight(0, "mlp_up")
+
+
+def test_values_are_what_the_value_rows_make_of_the_normalised_stream(lm: ModelAdapter):
+    with torch.no_grad(), capture(lm, [Site(1, "value"), Site(1, "block_in")]) as got:
+        lm.forward(lm.encode(["The capital of France is"]))
+        normed = lm.attn_norm(1)(got[Site(1, "block_in")])
+    expected = torch.einsum("bpd,hjd->bphj", normed, lm.value_weight(1))
+    bias = lm.value_bias(1)
+    if bias is not None:
+        expected = expected + bias
+    torch.testing.assert_close(got[Site(1, "value")], expected.flatten(-2))
+
+
+def test_heads_and_their_bias_are_what_attention_writes(lm: ModelAdapter):
+    with torch.no_grad(), capture(lm, [Site(1, "attn_out_in"), Site(1, "attn")]) as got:
+        lm.forward(lm.encode(["The capital of France is"]))
+    heads = got[Site(1, "attn_out_in")].unflatten(-1, (lm.n_heads, lm.head_dim))
+    written = torch.einsum("bphj,hjd->bpd", heads, lm.head_out(1))
+    bias = lm.bias(1, "attn_out")
+    torch.testing.assert_close(got[Site(1, "attn")], written if bias is None else written + bias)
+
+
+def test_patterns_mix_values_into_what_the_heads_say(lm: ModelAdapter):
+    with torch.no_grad(), capture(lm, [Site(1, part) for part in ("pattern", "value", "attn_out_in")]) as got:
+        lm.forward(lm.encode(["The capital of France is"]))
+    values = got[Site(1, "value")].unflatten(-1, (lm.n_kv_heads, lm.head_dim))
+    served = values[:, :, [lm.kv_head(head) for head in range(lm.n_heads)]]
+    mixed = torch.einsum("bhqk,bkhj->bqhj", got[Site(1, "pattern")], served)
+    torch.testing.assert_close(got[Site(1, "attn_out_in")], mixed.flatten(-2))
+
+
+def test_replacing_values_is_what_attention_reads(lm: ModelAdapter):
+    batch = lm.encode(["The capital of France is"])
+    with (
+        torch.no_grad(),
+        intervene(lm, {Site(1, "value"): torch.zeros_like}),
+        capture(lm, [Site(1, "attn_out_in")]) as got,
+    ):
+        lm.forward(batch)
+    assert not got[Site(1, "attn_out_in")].any()
+
+
+def test_neurons_look_for_the_rows_of_the_first_matrix(lm: ModelAdapter):
+    x = torch.randn(2, lm.d_model)
+    with torch.no_grad(), capture(lm, [Site(0, "mlp_down_in")], stop=False) as got:
+        lm.mlp(0)(x)
+    changed = x + 10 * lm.mlp_in(0)[3] / lm.mlp_in(0)[3].norm()
+    with torch.no_grad(), capture(lm, [Site(0, "mlp_down_in")], stop=False) as after:
+        lm.mlp(0)(changed)
+    moved = (after[Site(0, "mlp_down_in")] - got[Site(0, "mlp_down_in")]).abs().mean(0)
+    assert lm.mlp_in(0).shape == (lm.d_mlp, lm.d_model)
+    assert moved[3] > moved.median()
+    if lm.spec.gated:
+        assert lm.mlp_in(0, "gate").shape == (lm.d_mlp, lm.d_model)
+    else:
+        with pytest.raises(BadInput, match="no MLP matrix"):
+            lm.mlp_in(0, "gate")
