@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import mega_core.methods  # noqa: F401 - fills METHODS
 from mega_core import __version__, contrast_study, folders
-from mega_core.attribution import read_view
+from mega_core.attribution import VIEWS, read_view
 from mega_core.embedded import examples as shipped
 from mega_core.embedded import facts as known
 from mega_core.embedded.examples import Example
@@ -127,6 +127,17 @@ class MethodInfo:
     """Its parameters, each with this model's default."""
     seconds_estimate: float | None
     """Mean of earlier runs here, else scaled from the shipped examples, else None."""
+
+
+@dataclass(frozen=True, slots=True)
+class ViewInfo:
+    """One way of looking inside, as forms show it."""
+
+    name: str
+    title: str
+    summary: str
+    frames: tuple[str, ...]
+    knobs: tuple[Knob, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +330,10 @@ class Service:
             )
             for method in METHODS
         )
+
+    def views(self) -> tuple[ViewInfo, ...]:
+        """Every way of looking inside, in the order of the registry."""
+        return tuple(ViewInfo(view.name, view.title, view.summary, view.frames, view.knobs()) for view in VIEWS)
 
     def seconds_estimate(self, model: str, method: str) -> float | None:
         """What such an edit takes: the mean of earlier runs here, else the shipped examples scaled by parameters."""

@@ -3,7 +3,7 @@
 import streamlit as st
 
 from mega_core.errors import ActionableError
-from pages.components import frame, progress, report_view, request_form
+from pages.components import frame, look_deeper, progress, report_view, request_form
 from pages.components.session import owner, run_in_address, service, tell
 
 frame.enter()
@@ -53,6 +53,7 @@ with right:
 if report is not None:
     report_view.evidence(report)
     report_view.anatomy(report)
+    look_deeper.draw(report)
     report_view.receipt(report)
 elif asked is None:
     request_form.warm_up()  # whoever comes without a finished run is about to ask for one

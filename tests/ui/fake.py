@@ -16,7 +16,7 @@ from mega_core.jobs import JobError, JobView, StageView
 from mega_core.methods.base import Knob
 from mega_core.notebook import Entry, Note, NotebookHealth, Run, Verdict
 from mega_core.records import EditRequest, Inspection, MethodRef, ModelRef, Receipt, Report
-from mega_core.service import PROMISES, Answer, MethodInfo, ModelInfo, Status
+from mega_core.service import PROMISES, Answer, MethodInfo, ModelInfo, Status, ViewInfo
 from mega_core.summary import outcome, verdict
 
 TOWER = EditRequest(
@@ -334,6 +334,12 @@ class FakeService:
                 (),
                 None,
             ),
+        )
+
+    def views(self) -> tuple[ViewInfo, ...]:
+        return (
+            ViewInfo("module_scores", "Layers and modules", "Where it happens.", ("module_scores",), ()),
+            ViewInfo("heads", "Heads", "Which heads carry it.", ("head_scores",), ()),
         )
 
     def examples(self) -> tuple[Card, ...]:

@@ -232,6 +232,28 @@ class TestEdit:
         assert "Rome is now the most likely answer" in words(at)
 
 
+class TestLookDeeper:
+    def open(self, visit):
+        return visit("edit", run=WORKS.digest)
+
+    def test_a_run_offers_the_views_it_has_not_got(self, visit):
+        at = self.open(visit)
+        assert "Look deeper" in words(at)
+        (pills,) = [group for group in at.button_group if str(group.key).startswith("deep_views")]
+        assert pills.options == ["Heads"]
+        assert at.button(key="deep_look").disabled
+
+    def test_asking_for_a_view_asks_the_same_question_with_it(self, desk, visit):
+        at = self.open(visit)
+        (pills,) = [group for group in at.button_group if str(group.key).startswith("deep_views")]
+        pills.set_value(["heads"]).run()
+        assert "Which heads carry it." in words(at)
+        at.button(key="deep_look").click().run()
+        assert not at.exception
+        (plan,) = desk.submitted
+        assert plan == replace(WORKS.question, views=("heads", "module_scores"))
+
+
 class TestRuns:
     def test_empty(self, visit):
         assert "No runs yet" in words(visit("runs"))
