@@ -1,12 +1,13 @@
 """Draw the pictures of docs/attribution.md from a real edit: python docs/pictures.py [FOLDER].
 
-Needs vl-convert-python (requirements-dev.txt). The edit is the first of the reported split that ROME carries out.
+Needs vl-convert-python (requirements-dev.txt). The edit is that of the example card that works.
 """
 
 # ruff: noqa: T201
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import altair as alt
@@ -18,7 +19,6 @@ from mega_core.records import Report  # noqa: E402
 from pages.components import charts, tables  # noqa: E402
 from pages.components.look_deeper import PANELS  # noqa: E402
 
-MODEL, METHOD, SEED = "atlas-gpt2", "rome", 3
 DIVERGING = ["#b35a1f", "#eebf91", "#f7f7f7", "#a9c4ea", "#2f5fae"]
 WIDTH = 560
 
@@ -28,13 +28,10 @@ def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else Path(__file__).parent / "pictures")
     folder.mkdir(parents=True, exist_ok=True)
     with temporary_service() as service:
-        request = service.suggest(MODEL, SEED)
-        plan = service.plan(
-            MODEL, METHOD, request.subject, request.template, request.target_new, request.target_true or "",
-            request.paraphrases, request.neighbours, views=[view.name for view in service.views()],
-        )  # fmt: skip
-        report = service.run(plan)
-    print(request.sentence)
+        card = next(example for example in service.examples() if example.outcome == "works")
+        question = card.report().question
+        report = service.run(replace(question, views=tuple(view.name for view in service.views())))
+    print(question.requests[0].sentence)
     cells = tables.module_cells(report)
     edited = tables.edited_places(report)
     save(charts.module_map(cells, edited, candidate="new", limit=tables.shared_limit(cells)), folder / "modules.png")

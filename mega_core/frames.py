@@ -44,7 +44,8 @@ def _contract(name: str, keys: str, values: str) -> tuple[str, Contract]:
 # module_scores: contribution = change of log p(candidate's first token) made by that module, nats (NLKA).
 # contrast_runs: `edit` is the edit's number in its study; induced: how a failure was brought about, empty for a run as
 # it is; probabilities of first tokens. contrast, contrast_sums (nats), leverage: see attribution/contrast; low and high
-# bound 95 % of the draws, chosen is the share of draws whose region has the layer.
+# bound 95 % of the draws; in_region: the region (attn) or ACE's value layers (ffn) have the layer; chosen: in this
+# share of the draws.
 # head_scores: head -1 is what attention writes besides its heads: the bias, and what steering adds.
 # head_sources: position -1 is a text in front of the prompt; attention is the mass from the last token.
 # neuron_scores: coefficient = the neuron's activation; rank 1, 2, ... among the most promoting, -1, -2, ... among the
@@ -52,14 +53,20 @@ def _contract(name: str, keys: str, values: str) -> tuple[str, Contract]:
 # attention_neurons: one number (dim) of a head at one source position; coefficient = attention weight * value.
 # neuron_tokens: what a neuron promotes and suppresses at the sign of its coefficient; neuron "12" or "head.dim.pos".
 # query_layers: share of a module (or "embedding", layer -1) in what switches the value neurons ("ffn", "attn") on.
-# lens: the candidate's probability if the stream there were the last. lens_crossing: first place where new > true.
+# query_neurons: coefficient = activation at `position`, from which the neuron does most; score sums over positions.
+# lens: the candidate's probability if the stream there were the last. lens_crossing: first place where new > true,
+#   and the place from which on it is so to the end (lasting); layer -1 without.
 # trace: probability of the candidate with clean, corrupted, and partly restored subject; effect = restored - corrupted.
 # residual: dot of what a module writes with the candidate's unembedding row, no norm; cumulative over layers.
 # attention: mass that the last token gives to a segment of the prompt (first, subject, between, last, context).
 # stress: the old fact after prefixes that suggest it. stress_heads: p(true) read off a head's output alone.
-# verified: a predicted effect of an intervention (nats), the actual one, and that of equal-size random ones.
+# verified: effects on log p (nats) of changing the cells named by `cells` (see attribution/verify): predicted by the
+#   view's score, direct if nothing behind them reacted (both 0 without has_prediction), actual; control = mean actual
+#   effect of `controls` equal-size random sets. layer is the lowest; size counts cells; before and after the change.
 # weight_change: norms are Frobenius; relative_norm is against the unedited matrix.
 # weight_spectrum: singular values, greatest first, of the change and of the unedited matrix.
+# over_attention, attention_link, attention_failures: see attribution/attention_drift; mass on the subject, change =
+#   after - before.
 CONTRACTS: Mapping[str, Contract] = MappingProxyType(
     dict(
         (
@@ -98,14 +105,18 @@ CONTRACTS: Mapping[str, Contract] = MappingProxyType(
             _contract(
                 "query_neurons",
                 "state case:int layer:int neuron:int candidate",
-                "score:float coefficient:float rank:int is_value:bool",
+                "score:float coefficient:float position:int token rank:int is_value:bool",
             ),
             _contract(
                 "lens",
                 "state case:int layer:int site position:int candidate",
                 "token logprob:float prob:float rank:int",
             ),
-            _contract("lens_crossing", "state case:int", "layer:int site overtakes:bool stays:bool"),
+            _contract(
+                "lens_crossing",
+                "state case:int",
+                "layer:int site overtakes:bool stays:bool lasting_layer:int lasting_site",
+            ),
             _contract(
                 "trace",
                 "state case:int layer:int site position:int candidate",
@@ -125,8 +136,10 @@ CONTRACTS: Mapping[str, Contract] = MappingProxyType(
             _contract("stress_heads", "state case:int kind layer:int head:int", "lens_prob:float contribution:float"),
             _contract(
                 "verified",
-                "state case:int unit layer:int index candidate action",
-                "predicted:float actual:float control:float control_sd:float controls:int",
+                "state case:int cells action candidate",
+                "kind layer:int size:int token has_prediction:bool predicted:float direct:float actual:float "
+                "prob_before:float prob_after:float rank_before:int rank_after:int "
+                "control:float control_sd:float controls:int",
             ),
             _contract("weight_change", "layer:int site", "kind norm:float relative_norm:float rank:int parameters:int"),
             _contract("weight_spectrum", "layer:int site index:int", "singular:float base_singular:float"),
@@ -150,9 +163,16 @@ CONTRACTS: Mapping[str, Contract] = MappingProxyType(
             ),
             _contract(
                 "leverage",
-                "editor basis layer:int",
+                "editor basis module layer:int",
                 "leverage:float low:float high:float smoothed:float in_region:bool chosen:float",
             ),
+            _contract(
+                "over_attention",
+                "case:int prompt_kind prompt layer:int head:int",
+                "before:float after:float change:float",
+            ),
+            _contract("attention_link", "case:int prompt_kind prompt", "change:float top:float failed:bool"),
+            _contract("attention_failures", "measure statistic", "value:float low:float high:float n:int"),
         )
     )
 )

@@ -15,7 +15,7 @@ from mega_core.errors import ActionableError
 from mega_core.records import Inspection, Report
 from pages.components import view_charts
 from pages.components.session import owner, service, tell, told
-from pages.components.text import csv_bytes, md
+from pages.components.text import csv_bytes, md, token_label
 
 CANDIDATE = "new"
 
@@ -59,8 +59,8 @@ def _neurons(frame: pd.DataFrame, report: Report) -> alt.LayerChart:
 
 def _attention_neurons(frame: pd.DataFrame, report: Report) -> alt.LayerChart:
     mine = _after(frame)
-    labels = [f"{row.head}.{row.dim} from {str(row.token).strip()}" for row in mine.itertuples()]
-    return view_charts.neuron_bars(mine.assign(neuron=labels))
+    labels = [f"{row.head}.{row.dim} from {token_label(str(row.token))}" for row in mine.itertuples()]
+    return view_charts.neuron_bars(mine.assign(neuron=labels), letter="H")
 
 
 def _queries(frame: pd.DataFrame, report: Report) -> alt.LayerChart:

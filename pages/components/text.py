@@ -91,8 +91,9 @@ def signed(value: float) -> str:
 
 
 def token_label(token: str) -> str:
-    """A token with its blanks visible: "·Rome"."""
-    return token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥") or "∅"
+    """A token with its blanks visible, "·Rome", and whatever can't be printed spelled out, "\\x08"."""
+    shown = token.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in shown) or "∅"
 
 
 MODULES = {"attn": "Attention", "ffn": "MLP"}

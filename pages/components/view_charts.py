@@ -11,12 +11,14 @@ import altair as alt
 import pandas as pd
 
 from pages.components.charts import ATTENTION, INK, MLP, MODULE_NAMES, NEW, OTHER, PADDING, SELECTED, TRUE
+from pages.components.text import token_label
 
 EDITORS = ("#4c78c9", "#d2772b", "#2b9160", "#b4538f", "#78838f", "#8a6fd8", "#b0821f", "#12998a")
 CANDIDATES = {"new": "new object", "true": "original object"}
 STATES = {"before": "Before", "after": "After"}
 SITE_STEPS = {"block_in": 0.0, "resid_mid": 0.5, "block_out": 1.0}
 """How far into its layer a site of the stream lies."""
+FAINT = -16.0
 _DASHES = alt.Scale(domain=list(STATES.values()), range=[[4, 4], [1, 0]])
 
 
@@ -34,18 +36,21 @@ def head_map(table: pd.DataFrame, value: str = "contribution", title: str = "nat
 
 def source_bars(table: pd.DataFrame) -> alt.LayerChart:
     """From which tokens one head reads what it says: bars of its contribution by source position."""
-    shown = table.assign(place=[_place(p, t) for p, t in zip(table["position"], table["token"], strict=True)])
+    shown = table[(table["position"] >= 0) | (table["contribution"].abs() > 1e-3)]  # a text in front, if there is one
+    shown = shown.assign(place=[_place(p, t) for p, t in zip(shown["position"], shown["token"], strict=True)])
     return _bars(shown, "place", "contribution", "Contribution, nats", list(shown["place"]), ["attention"])
 
 
-def neuron_bars(table: pd.DataFrame, words: pd.DataFrame | None = None, most: int = 20) -> alt.LayerChart:
+def neuron_bars(
+    table: pd.DataFrame, words: pd.DataFrame | None = None, most: int = 20, letter: str = "N"
+) -> alt.LayerChart:
     """The neurons that promote or suppress a candidate most, each with the first token that it promotes."""
     shown = table.reindex(table["contribution"].abs().sort_values(ascending=False).index).head(most)
     shown = shown.sort_values("contribution", ascending=False)
-    names = [f"L{row.layer} · N{row.neuron}" for row in shown.itertuples()]
+    names = [f"L{row.layer} · {letter}{row.neuron}" for row in shown.itertuples()]
     if words is not None and len(words):
         first = words[(words["direction"] == "promoted") & (words["rank"] == 1)]
-        said = {(int(w.layer), str(w.neuron)): str(w.token).strip() for w in first.itertuples()}
+        said = {(int(w.layer), str(w.neuron)): token_label(str(w.token)) for w in first.itertuples()}
         names = [
             f"{name}  {said.get((int(row.layer), str(row.neuron)), '')}".rstrip()
             for name, row in zip(names, shown.itertuples(), strict=True)
@@ -58,7 +63,8 @@ def neuron_bars(table: pd.DataFrame, words: pd.DataFrame | None = None, most: in
 def lens_lines(table: pd.DataFrame, crossing: pd.DataFrame | None = None) -> alt.LayerChart:
     """How likely each object would be if the stream ended there: log-probability through the layers, before and after.
 
-    The rule marks the first place where the new object overtakes the old one after the edit.
+    The rule marks where the new object overtakes the old one for good after the edit. What is less likely than
+    e^FAINT is drawn at the bottom.
     """
     shown = table.assign(
         depth=table["layer"] + table["site"].map(SITE_STEPS),
@@ -71,7 +77,11 @@ def lens_lines(table: pd.DataFrame, crossing: pd.DataFrame | None = None) -> alt
         .mark_line(strokeWidth=2)
         .encode(
             x=x,
-            y=alt.Y("logprob:Q", axis=alt.Axis(title="log p, nats", gridOpacity=0.35)),
+            y=alt.Y(
+                "logprob:Q",
+                scale=alt.Scale(domain=[max(FAINT, float(shown["logprob"].min())), 0], clamp=True),
+                axis=alt.Axis(title="log p, nats", gridOpacity=0.35),
+            ),
             color=_candidate_colour(),
             strokeDash=alt.StrokeDash("model:N", scale=_DASHES, legend=alt.Legend(title=None, orient="bottom")),
             tooltip=["depth:Q", "who:N", "model:N", alt.Tooltip("prob:Q", format=".2%"), "rank:Q"],
@@ -79,9 +89,9 @@ def lens_lines(table: pd.DataFrame, crossing: pd.DataFrame | None = None) -> alt
     )
     layered: list[Any] = [lines]
     if crossing is not None:
-        met = crossing[(crossing["state"] == "after") & crossing["overtakes"]]
+        met = crossing[(crossing["state"] == "after") & (crossing["lasting_layer"] >= 0)]
         if len(met):
-            marks = met.assign(depth=met["layer"] + met["site"].map(SITE_STEPS))
+            marks = met.assign(depth=met["lasting_layer"] + met["lasting_site"].map(SITE_STEPS))
             layered.append(alt.Chart(marks).mark_rule(color=SELECTED, strokeWidth=1.5).encode(x=x))
     return _finished(layered, 300)
 
@@ -95,7 +105,8 @@ def trace_map(table: pd.DataFrame) -> alt.LayerChart:
 
 def residual_lines(table: pd.DataFrame) -> alt.LayerChart:
     """Dot product of what attention and MLP write with the candidate's unembedding row, layer by layer."""
-    shown = table.assign(what=table["module"].map(MODULE_NAMES), model=table["state"].map(STATES))
+    shown = table[table["layer"] >= 0]  # the embedding, layer -1, belongs to no module
+    shown = shown.assign(what=shown["module"].map(MODULE_NAMES), model=shown["state"].map(STATES))
     lines = (
         alt.Chart(shown)
         .mark_line(strokeWidth=2, point=True)
@@ -127,9 +138,9 @@ def query_bars(table: pd.DataFrame) -> alt.LayerChart:
 
 def contrast_bands(table: pd.DataFrame) -> alt.LayerChart:
     """A contrast by layer with its bootstrap interval, a line for each editor."""
-    editors = list(dict.fromkeys(table["method"]))
+    editors = list(dict.fromkeys(table["editor"]))
     colour = alt.Color(
-        "method:N",
+        "editor:N",
         scale=alt.Scale(domain=editors, range=list(EDITORS[: len(editors)])),
         legend=alt.Legend(title=None, orient="bottom"),
     )
@@ -138,9 +149,9 @@ def contrast_bands(table: pd.DataFrame) -> alt.LayerChart:
     )
     band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q", title="nats"), y2="high:Q", color=colour)
     line = base.mark_line(strokeWidth=2, point=True).encode(
-        y=alt.Y("value:Q", axis=alt.Axis(title="Change of contribution, nats", gridOpacity=0.35)),
+        y=alt.Y("mean:Q", axis=alt.Axis(title="Change of contribution, nats", gridOpacity=0.35)),
         color=colour,
-        tooltip=["method:N", "layer:Q", alt.Tooltip("value:Q", format="+.3f"), "low:Q", "high:Q"],
+        tooltip=["editor:N", "layer:Q", alt.Tooltip("mean:Q", format="+.3f"), "low:Q", "high:Q"],
     )
     return _finished([_zero(), band, line], 280)
 
@@ -252,7 +263,7 @@ def _zero() -> alt.Chart:
 
 
 def _place(position: int, token: str) -> str:
-    return "text in front" if position < 0 else f"{position} {token.strip() or repr(token)}"
+    return "text in front" if position < 0 else f"{position} {token_label(token)}"
 
 
 def _finished(layered: list[Any], height: int) -> alt.LayerChart:
