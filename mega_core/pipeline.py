@@ -25,6 +25,7 @@ import transformers
 from mega_core import __version__, alarms, frames
 from mega_core.attribution import look_at, read_view
 from mega_core.attribution.base import Asked
+from mega_core.attribution.weight_change import spectrum
 from mega_core.errors import BadInput, FrameError, OutOfMemory, UnsupportedMethod
 from mega_core.evaluation import looks, metrics
 from mega_core.events import Event, Note, Reporter, silent, stage
@@ -67,7 +68,7 @@ def inspect(plan: Inspection, lm: ModelAdapter, report: Reporter = silent, memo:
                 before = _base_looks(views, plan, lm, log.tell, memo, step)
             with log.stage("edit"):
                 change = method.prepare(lm, plan.requests, params, plan.seed, log.tell)
-                summary = change.summary()
+                summary, singular = change.summary(), spectrum(change, lm)
                 fluent = alarms.perplexity(lm)
                 edited.enter_context(change.applied(lm))
             with log.stage("after", 2) as step:
@@ -103,6 +104,7 @@ def inspect(plan: Inspection, lm: ModelAdapter, report: Reporter = silent, memo:
             "metrics": metrics.measure(tables["answers"]),
             "tokens": looks.prompt_tokens(lm, plan.requests),
             "weight_change": summary,
+            "weight_spectrum": singular,
         },
         receipt=receipt,
         timing=log.seconds,

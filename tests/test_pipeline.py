@@ -90,6 +90,7 @@ def test_a_question_becomes_a_report(lm: ModelAdapter) -> None:
     assert report.digest == plan.key(lm.file_digest)
     assert set(report.frames) == {
         "answers", "next_tokens", "generations", "metrics", "tokens", "module_scores", "module_totals", "weight_change",
+        "weight_spectrum",
     }  # fmt: skip
     for name in ("answers", "next_tokens", "generations", "metrics", "module_scores", "module_totals"):
         frame = report.frames[name]

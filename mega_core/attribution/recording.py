@@ -53,7 +53,7 @@ class Recording:
         value = self.parts[Site(layer, name)]
         rows = torch.arange(len(value), device=value.device)
         at = self.batch.last.to(value.device)
-        return value[rows, :, at] if name == "pattern" else value[rows, at]
+        return once(value[rows, :, at]) if name == "pattern" else value[rows, at]
 
     def written(self, layer: int, module: str) -> Float[Tensor, "batch d_model"]:
         """What "attn" or "ffn" of a layer adds to the stream at the last token."""
@@ -102,6 +102,18 @@ def record(
         lens=FrozenLens.of(lm, states[-1]),
         parts={site: got[site].float() for site in wanted},
     )
+
+
+def once(weights: Float[Tensor, "*n head pos"]) -> Float[Tensor, "*n head pos"]:
+    """Attention weights without those that stand there twice, so that they can be summed.
+
+    Behind a text several tokens of a prompt's first word may become one token. Each of them then shows that token's
+    weights, which count for the last of them. No two different tokens share the weights of all heads.
+    """
+    repeated = (weights[..., 1:] == weights[..., :-1]).all(-2, keepdim=True)  # (*n, 1, pos - 1)
+    kept = weights.clone()
+    kept[..., :-1] = kept[..., :-1].masked_fill(repeated, 0)
+    return kept
 
 
 def candidates(lm: ModelAdapter, request: EditRequest) -> dict[str, int]:

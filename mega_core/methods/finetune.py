@@ -21,12 +21,12 @@ from torch import Tensor
 
 from mega_core.errors import BadInput
 from mega_core.events import Note, Reporter, stage
-from mega_core.methods import optimise
 from mega_core.methods.rome import KeepParams, context_texts, kept
 from mega_core.methods.solve import check_finite
 from mega_core.models import tokens
 from mega_core.models.adapter import ModelAdapter
 from mega_core.models.hooks import Site, capture
+from mega_core.models.suffix import KeptPast, block_arguments, suffix_mask
 from mega_core.records import EditRequest
 
 TEXTS_AT_ONCE = 32
@@ -129,9 +129,9 @@ class Group:
         self.kept: Tensor | None = None
         hidden = self.begin[sites[-1]]  # any of them tells rows, positions and dtype
         rows, width = hidden.shape[:2]
-        allowed = optimise.suffix_mask(torch.zeros(rows, dtype=torch.long, device=device), width, 0)
+        allowed = suffix_mask(torch.zeros(rows, dtype=torch.long, device=device), width, 0)
         positions = torch.arange(width, device=device).expand(rows, width)
-        self.arguments = optimise.block_arguments(lm, hidden, positions, allowed, _NoPast({}))
+        self.arguments = block_arguments(lm, hidden, positions, allowed, _NoPast({}))
 
     def loss(self, hidden: Float[Tensor, "row pos d_model"], first: int, kl_weight: float = 0.0) -> Float[Tensor, ""]:
         """This group's summand of the loss, from the stream before block `first`.
@@ -155,7 +155,7 @@ class Group:
         return total
 
 
-class _NoPast(optimise.KeptPast):
+class _NoPast(KeptPast):
     """Stands where a block expects its cache; there is none."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

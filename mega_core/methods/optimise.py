@@ -32,7 +32,6 @@ delta_attn.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -47,6 +46,7 @@ from mega_core.methods.solve import check_finite
 from mega_core.models import tokens
 from mega_core.models.adapter import ModelAdapter
 from mega_core.models.hooks import Site, capture, untuple
+from mega_core.models.suffix import KeptPast, block_arguments, run_keeping, suffix_mask
 from mega_core.records import EditRequest
 
 REQUESTS_AT_ONCE = 16
@@ -244,8 +244,6 @@ def read(lm: ModelAdapter, layer: int, rows: Sequence[Row], between: bool = Fals
     Raises BadInput while something stands in front of the model or watches it: what the model reads then is not what
     an edit of its weights would change.
     """
-    from transformers import DynamicCache
-
     if lm.prefix is not None or lm.readers:
         raise BadInput(
             "requests",
@@ -258,11 +256,8 @@ def read(lm: ModelAdapter, layer: int, rows: Sequence[Row], between: bool = Fals
     at = torch.tensor([row.subject for row in rows])
     parts = ("attn", "resid_mid", "mlp_down_in", "mlp", "block_out")
     sites = {part: Site(layer, part) for part in (parts if between else parts[2:])}
-    cache = DynamicCache()
     with torch.no_grad(), capture(lm, sites.values(), stop=False) as got:
-        everything = torch.ones_like(batch.ids)  # padding is on the right; causality keeps it out
-        lm.model.base_model(input_ids=batch.ids, attention_mask=everything, past_key_values=cache, use_cache=True)
-    layers: list[Any] = cache.layers
+        past = run_keeping(lm, batch.ids)
     stream = got[sites["block_out"]]
     index = (at[:, None] + torch.arange(window)).clamp_max(stream.shape[1] - 1)  # (row, window)
     each = torch.arange(len(rows))
@@ -271,7 +266,7 @@ def read(lm: ModelAdapter, layer: int, rows: Sequence[Row], between: bool = Fals
         rows=tuple(rows),
         requests=tuple(sorted({row.request for row in rows})),
         suffix=stream[each[:, None], index],
-        past=tuple((kept.keys[:, :, :before], kept.values[:, :, :before]) for kept in layers[layer + 1 :]),
+        past=tuple((keys[:, :, :before], values[:, :, :before]) for keys, values in past[layer + 1 :]),
         key=got[sites["mlp_down_in"]][each, at].float(),
         value=got[sites["mlp"]][each, at].float(),
         attn=got[sites["attn"]][each, at].float() if between else None,
@@ -285,18 +280,6 @@ def loss_scale(lm: ModelAdapter) -> float:
 
 
 # 2. the blocks above the edit ----------------------------------------------------------------------------------------
-
-
-class KeptPast:
-    """Stands where a block expects its cache: puts the kept keys and values in front and remembers nothing new."""
-
-    def __init__(self, kept: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self.kept = kept
-
-    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """What the block attends to: (row, head, position, width) with the kept positions first."""
-        before, worth = self.kept[layer_idx]
-        return torch.cat((before, keys), dim=2), torch.cat((worth, values), dim=2)
 
 
 class Losses(NamedTuple):
@@ -410,49 +393,6 @@ def _mean_by(owner: Int[Tensor, " k"], values: Float[Tensor, " k"], n: int) -> F
     """Mean of the values of each owner; 0 for one without any."""
     sums = values.new_zeros(n).index_add(0, owner, values)
     return sums / torch.bincount(owner, minlength=n).clamp_min(1)
-
-
-def suffix_mask(at: Int[Tensor, " row"], window: int, before: int) -> Bool[Tensor, "row 1 window total"]:
-    """True where a position >= s (`at`) may look: at its row's own positions < s, at itself and at what lies between.
-
-    `window` is how many positions from s on are read, `before` how many kept ones stand in front of them.
-    """
-    earlier = torch.arange(before, device=at.device) < at[:, None]  # (row, before)
-    causal = torch.ones(window, window, dtype=torch.bool, device=at.device).tril()
-    rows = len(at)
-    return torch.cat(
-        (earlier[:, None, None].expand(rows, 1, window, before), causal.expand(rows, 1, window, window)), dim=-1
-    )
-
-
-def block_arguments(
-    lm: ModelAdapter,
-    hidden: Float[Tensor, "row window d_model"],
-    positions: Int[Tensor, "row window"],
-    allowed: Bool[Tensor, "row 1 window total"],
-    past: KeptPast,
-) -> dict[str, Any]:
-    """What a block wants besides its input. The names differ by architecture, so its signature is asked.
-
-    Raises BadInput on more positions than the model's sliding window.
-    """
-    window = getattr(lm.model.config, "sliding_window", None)
-    if window and allowed.shape[-1] > window:
-        raise BadInput("template", f"the prompts are longer than {lm.name}'s attention window of {window} tokens.")
-    names = inspect.signature(type(lm.block(0)).forward).parameters
-    # Added to the attention scores, which every implementation understands.
-    mask = torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device)
-    mask.masked_fill_(~allowed, torch.finfo(hidden.dtype).min)
-    found: dict[str, Any] = {
-        "attention_mask": mask,
-        "position_ids": positions,
-        "layer_past" if "layer_past" in names else "past_key_values": past,
-        "use_cache": True,
-    }
-    if "position_embeddings" in names:
-        rotary: Any = lm.model.base_model.rotary_emb
-        found["position_embeddings"] = rotary(hidden, position_ids=positions)
-    return found
 
 
 # the search ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 
 from mega_core import frames
@@ -75,4 +76,5 @@ def test_views_of_one_state_share_one_forward_of_the_prompts(tiny_lm) -> None:
     assert ran == [2]
     for text, tables in alone.items():
         for name, frame in tables.items():
-            assert frame.equals(together[text][name]), name
+            # Reading patterns takes another attention kernel, which rounds otherwise.
+            pd.testing.assert_frame_equal(frame, together[text][name], atol=1e-4)
