@@ -208,7 +208,12 @@ def _base_looks(
 
 
 def _merged(parts: Iterable[Frames]) -> dict[str, pd.DataFrame]:
-    return {name: frame for part in parts for name, frame in part.items()}
+    """All frames by name; those that several views fill (neuron_tokens) one below the other."""
+    merged: dict[str, pd.DataFrame] = {}
+    for part in parts:
+        for name, frame in part.items():
+            merged[name] = pd.concat([merged[name], frame], ignore_index=True) if name in merged else frame
+    return merged
 
 
 def _receipt(lm: ModelAdapter, digest_before: str) -> Receipt:

@@ -354,3 +354,12 @@ def test_a_change_that_does_not_restore_is_told(methods: Registry[Method[Any]]) 
     assert not report.receipt.restored
     assert report.receipt.weights_digest_before != report.receipt.weights_digest_after
     assert any("not given back" in note for note in report.notes)
+
+
+def test_a_frame_that_two_views_fill_has_the_rows_of_both(gpt2: ModelAdapter, methods: Registry[Method[Any]]) -> None:
+    plan = replace(ask(gpt2), views=("attention_neurons?read=2&top=3", "neurons?read=2&top=3"))
+    for memo in (None, Dict()):
+        found = pipeline.inspect(plan, gpt2, silent, memo).frames["neuron_tokens"]
+        assert set(zip(found["state"], found["kind"], strict=True)) == {
+            (state, kind) for state in ("before", "after") for kind in ("ffn", "attn")
+        }

@@ -12,10 +12,14 @@ norm frozen (see frozen) and p = p(. | x), the contribution of one to a candidat
    best value so far. When nothing is left there, the k best are the k best of all. One evaluation (bs_t of all tokens)
    gives the values for all candidates.
 4. The least: Jensen's gap is log sum_t p_t e^{X_t} with X_t = bs_t(v) - sum_s p_s bs_s(v), of mean 0, and Bennett's
-   inequality limits it: gap <= s2 / c^2 (e^c - 1 - c) for any s2 >= var X and c >= max X. Here c = |b| max_t |W_t - mu|
-   and s2 = |b|^2 sum_t p_t |W_t - mu|^2, where bs(v) = W_U b. That gives a lower bound on every value. Those with the
-   least bounds of 2. are evaluated, then those whose lower bound is below the k-th least value so far; where these are
-   too many, only some with the least bounds of 2. A row is certified when no vector that was not evaluated has a lower
+   inequality limits it: gap <= log(1 + s2 (e^c - 1 - c) / c^2) for any s2 >= var X and c >= max X. With bs(v) = W_U b,
+       c = |b| max_t |W_t - mu|
+       s2 = the smaller of |b|^2 sum_t p_t |W_t - mu|^2 and (sum_k sqrt(b_k . M_kk b_k))^2,
+   b_k being the k-th BLOCK of b's numbers, M_kk that block of M = sum_t P_t (W_t - a)(W_t - a)^T, and P_t the greatest
+   p_t of any layer: var X <= b . M b for every layer and any a, and in a form M that is never negative, b . M b is
+   below the square of the sum of its blocks' roots. That gives a lower bound on every value. Those with the least
+   bounds of 2. are evaluated, then those whose lower bound is below the k-th least value so far; where these are too
+   many, only some with the least bounds of 2. A row is certified when no vector that was not evaluated has a lower
    bound below it.
 
 [vectors, vocab] is never held: a chunk has at most LOGITS_AT_ONCE logits.
@@ -37,6 +41,11 @@ LOGITS_AT_ONCE = 2**24
 CAST_AT_ONCE = 2**26
 """How many numbers of the head are cast to float32 at once, where it is not float32."""
 SMALLEST_CHUNK, LARGEST_CHUNK = 64, 256
+BLOCK = 32
+MOMENT_AT_ONCE = 2**22
+"""How many numbers of the head are weighted at once, for M."""
+ROUNDING = 1.001
+"""By what the gap of 4. is widened, being made of long float32 sums."""
 SLACK = 1e-5
 """Nats by which a bound and a value, both float32, may be wrong."""
 MOST_FOR_TAIL, FEWEST_FOR_TAIL = 50, 4
@@ -87,6 +96,19 @@ class Bases:
             distance.amax(-1).sqrt(),
             (p * distance).sum(-1),
         )
+
+    def moments(self) -> Float[Tensor, "block size size"]:
+        """The blocks M_kk of 4.; the last is filled up with zeros."""
+        weight = self.lens.lm.head_weight
+        p = self.log_p.amax(0).exp()  # (vocab,), sums to 1 or more
+        step = max(1, MOMENT_AT_ONCE // weight.shape[1])
+        pieces = list(zip(weight.split(step), p.split(step), strict=True))
+        centre = torch.stack([share @ part.float() for part, share in pieces]).sum(0) / p.sum()
+        total = centre.new_zeros(-(-len(centre) // BLOCK), BLOCK, BLOCK)
+        for part, share in pieces:
+            blocks = _blocks((part.float() - centre) * share.sqrt()[:, None])  # (block, slice, size)
+            total += blocks.transpose(1, 2) @ blocks
+        return total
 
     def values(self, layers: Int[Tensor, " n"], vectors: Float[Tensor, "n d_model"]) -> Float[Tensor, "candidate n"]:
         """Imp of each vector on its layer's stream, for each target."""
@@ -174,8 +196,9 @@ def search(bases: Bases, vectors: Vectors, top: int, tail: int, step: Callable[[
     n = len(vectors)
     top = min(top, n)
     tail = min(tail, n - top)
-    bound, gap = bounds(bases, vectors)
-    seen = _Seen(bases, vectors, bound, bound - gap, step)
+    bound = bounds(bases, vectors)
+    floor = bound - gaps(bases, vectors) if tail else torch.full_like(bound, -torch.inf)
+    seen = _Seen(bases, vectors, bound, floor, step)
     first = [row.topk(top).indices for row in bound] + [row.topk(tail, largest=False).indices for row in bound]
     seen.evaluate(torch.cat(first).unique())
     _greatest(seen, top)
@@ -258,20 +281,38 @@ def _least(seen: _Seen, tail: int) -> None:
         size = max(size, min(2 * size, LARGEST_CHUNK))
 
 
-def bounds(bases: Bases, vectors: Vectors) -> tuple[Float[Tensor, "candidate vector"], Float[Tensor, " vector"]]:
-    """2. for every vector, and the gap of 4.: how far a value may lie below its bound."""
-    highest, gaps = [], []
+def bounds(bases: Bases, vectors: Vectors) -> Float[Tensor, "candidate vector"]:
+    """2. for every vector."""
+    parts = []
     for layer, own in enumerate(vectors.coefficients):  # (copy, unit)
         rows = vectors.directions(layer).to(own)
-        highest.append(torch.einsum("ud,cd,pu->cpu", rows, bases.back[:, layer], own).flatten(1))
-        b = (own.abs() * bases.lens.vector(rows[:, None])[:, 0].norm(dim=-1)).flatten().double()  # |b|
-        c = b * bases.widest[layer].double()
-        s2 = b.square() * bases.spread[layer].double()
+        parts.append(torch.einsum("ud,cd,pu->cpu", rows, bases.back[:, layer], own).flatten(1))
+    return torch.cat(parts, dim=1)
+
+
+def gaps(bases: Bases, vectors: Vectors) -> Float[Tensor, " vector"]:
+    """4. How far each value may lie below its bound."""
+    moments = bases.moments()
+    parts = []
+    for layer, own in enumerate(vectors.coefficients):  # (copy, unit)
+        rows = bases.lens.vector(vectors.directions(layer).to(own)[:, None])[:, 0]  # b of a coefficient of 1
+        blocks = _blocks(rows)
+        root = ((blocks @ moments) * blocks).sum(-1).clamp_min(0).sqrt().sum(0)
+        length = rows.norm(dim=-1)
+        deviation = torch.minimum(root, length * bases.spread[layer].sqrt())
+        c = (own.abs() * length).flatten().double() * bases.widest[layer].double()
+        s2 = (own.abs() * deviation).flatten().double().square()
         small = c < 1e-3  # e^c - 1 - c loses its digits there
         ratio = torch.where(small, 0.5 + c / 5, (torch.expm1(c) - c) / c.clamp_min(1e-3).square())
         # Hoeffding's lemma, with a range of 2 c, is better where c is large.
-        gaps.append(torch.minimum(torch.log1p(s2 * ratio), c.square() / 2).float())
-    return torch.cat(highest, dim=1), torch.cat(gaps)
+        parts.append((ROUNDING * torch.minimum(torch.log1p(s2 * ratio), c.square() / 2)).float())
+    return torch.cat(parts)
+
+
+def _blocks(rows: Float[Tensor, "n d_model"]) -> Float[Tensor, "block n size"]:
+    """Rows cut into blocks of numbers, filled up with zeros."""
+    filled = torch.nn.functional.pad(rows, (0, -rows.shape[1] % BLOCK))
+    return filled.unflatten(-1, (-1, BLOCK)).transpose(0, 1)
 
 
 def _head(lens: FrozenLens, rows: int = 1) -> Iterator[Tensor]:
