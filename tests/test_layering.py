@@ -15,13 +15,27 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import what stands in a row above, and its own package. In "free" rows modules may import each other.
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("free", ("", "records", "frames", "events", "errors", "keys", "params")),  # "" is mega_core/__init__.py: the version
+    ("free", ("", "records", "frames", "events", "errors", "keys", "params")),  # "": mega_core/__init__.py
     ("free", ("registry", "store", "notebook", "settings", "migrations", "summary", "folders", "regions")),
     ("apart", ("models",)),
     ("apart", ("changes", "embedded")),
     ("apart", ("methods", "attribution", "masking", "evaluation", "datasets")),
     ("free", ("alarms", "reference")),
-    ("apart", ("pipeline", "stack", "export", "benchmark", "executors", "contrast_study", "embedded.train")),
+    (
+        "apart",
+        (
+            "pipeline",
+            "stack",
+            "export",
+            "benchmark",
+            "executors",
+            "contrast_study",
+            "verify_study",
+            "detect_study",
+            "mask_study",
+            "embedded.train",
+        ),
+    ),
     ("apart", ("jobs",)),
     ("apart", ("service",)),
     ("apart", ("commands",)),
