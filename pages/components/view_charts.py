@@ -127,10 +127,11 @@ def residual_lines(table: pd.DataFrame) -> alt.LayerChart:
 
 def query_bars(table: pd.DataFrame) -> alt.LayerChart:
     """Which layers switch the value neurons on: share of each module, largest first."""
-    shown = table.assign(
+    shown = table[table["score"].abs() > 1e-4]  # what lies above the neurons wrote nothing they could read
+    shown = shown.assign(
         place=[
             "Embedding" if row.layer < 0 else f"L{row.layer} · {MODULE_NAMES.get(str(row.module), str(row.module))}"
-            for row in table.itertuples()
+            for row in shown.itertuples()
         ]
     ).sort_values("score", ascending=False)
     return _bars(shown, "place", "score", "Share of the value neurons' scores, nats", list(shown["place"]), [])
@@ -241,13 +242,17 @@ def _bars(table: pd.DataFrame, place: str, value: str, title: str, order: list[s
         alt.Chart(table)
         .mark_bar()
         .encode(
-            y=alt.Y(f"{place}:N", sort=order, axis=alt.Axis(title=None, ticks=False, domain=False, labelLimit=220)),
+            y=alt.Y(
+                f"{place}:N",
+                sort=order,
+                axis=alt.Axis(title=None, ticks=False, domain=False, labelLimit=220, labelOverlap=False),
+            ),
             x=alt.X(f"{value}:Q", axis=alt.Axis(title=title, gridOpacity=0.35)),
             color=alt.condition(alt.datum[value] >= 0, alt.value("#4c78c9"), alt.value("#d2772b")),
             tooltip=[f"{place}:N", alt.Tooltip(f"{value}:Q", format="+.4f"), *more],
         )
     )
-    return _finished([bars], 20 * len(table) + 60)
+    return _finished([bars], 22 * len(table) + 60)
 
 
 def _candidate_colour() -> alt.Color:
