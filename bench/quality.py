@@ -22,7 +22,6 @@ import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from statistics import fmean, median, stdev
 from time import perf_counter, process_time
@@ -42,8 +41,7 @@ if TYPE_CHECKING:
     from mega_core.methods.base import Method
     from mega_core.models.adapter import ModelAdapter
 
-COUNT, TEST_SEED = 100, 2
-DEV_SEED, DEV_COUNT = 11, 60
+COUNT = 100
 BATCHED = ("rome", "memit", "pmet", "alphaedit", "emmet", "ace", "ft", "mega", "sake", "grace", "wise")
 """Methods that are also measured with all edits at once."""
 UNEDITED = "unedited"
@@ -93,33 +91,28 @@ def measure(
     kept = Kept(keep)
     rows: list[Row] = []
     for name in names:
-        lm = open_model(name)
-        requests = test_split(count or (10 if quick else COUNT))
-        edits = _edits(lm, requests)
-        rows += summary(f"{name} / {UNEDITED}", [_unedited(edit) for edit in edits])
-        for setup in setups(methods, controls, batch):
-            defaults = settings.model(name).defaults.get(setup.method.name, {})
-            rows += _setup_rows(lm, name, setup, defaults, edits, kept)
+        rows += of_model(name, test_split(count or (10 if quick else COUNT)), setups(methods, controls, batch), kept)
         if all(any(row.name == f"{name} / {one} / CI all" for row in rows) for one in ("ace", "pmet")):
             rows.append(two_hop(name, kept.of(f"{name} / ace"), kept.of(f"{name} / pmet")))
     return rows
 
 
+def of_model(name: str, requests: Sequence[EditRequest], chosen: Sequence[Setup], kept: Kept) -> list[Row]:
+    """Steps 2 to 5 on one model: the unedited model's rows, then those of each setup."""
+    from mega_core.settings import Settings
+
+    lm = open_model(name)
+    edits = _edits(lm, requests)
+    rows = summary(f"{name} / {UNEDITED}", [_unedited(edit) for edit in edits])
+    for setup in chosen:
+        defaults = Settings.read().model(name).defaults.get(setup.method.name, {})
+        rows += _setup_rows(lm, name, setup, defaults, edits, kept)
+    return rows
+
+
 def test_split(count: int) -> list[EditRequest]:
     """The edits that are reported on; their subjects differ from each other and from the development split's."""
-    taken = {
-        request.subject
-        for least in (0, 1)
-        for request in islice(examples.candidates(DEV_SEED, min_neighbours=least), DEV_COUNT)
-    }
-    chosen: list[EditRequest] = []
-    for request in examples.candidates(TEST_SEED, min_neighbours=1):
-        if len(chosen) == count:
-            break
-        if request.subject not in taken:
-            taken.add(request.subject)
-            chosen.append(request)
-    return chosen
+    return examples.reported(count)
 
 
 def setups(methods: Sequence[str] = (), controls: bool = False, batch: bool = False) -> list[Setup]:

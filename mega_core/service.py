@@ -67,10 +67,14 @@ from mega_core.summary import outcome
 if TYPE_CHECKING:
     from mega_core.attribution.contrast import Rules
     from mega_core.contrast_study import Study
+    from mega_core.mask_study import Evaluation
+    from mega_core.masking.detect import Detection
+    from mega_core.masking.masks import Mask
     from mega_core.models.adapter import ModelAdapter
     from mega_core.models.pool import ModelPool
     from mega_core.regions import Region
     from mega_core.stack import EditStack
+    from mega_core.verify_study import Verification
 
 log = logging.getLogger(__name__)
 
@@ -750,6 +754,85 @@ class Service:
         if not re.fullmatch(r"[\w-][\w.-]{0,63}", name):
             raise BadInput("name", f"{name[:40]!r} is no name for a region.", "Use letters, digits, '-', '_' or '.'.")
         region.save(self.settings.cache_dir / "regions" / f"{name}.json")
+
+    def detect(
+        self,
+        folder: Path,
+        reference: str | None = None,
+        mask: Path | None = None,
+        prompts: Sequence[str] = (),
+        report: Reporter = silent,
+    ) -> Detection:
+        """Look for knowledge edits in a model's folder, against a catalogue model or another folder if one is named."""
+        self._pool()  # sets up what the next line imports
+        from mega_core.masking.detect import detect_folder
+
+        with _memory_errors():
+            return detect_folder(folder, self.settings, reference, mask, prompts, report)
+
+    def verify(
+        self,
+        plan: Inspection,
+        cells: Sequence[str],
+        action: str = "ablate",
+        state: str = "after",
+        *,
+        factor: float = 0.0,
+        case: int = 0,
+        controls: int = 10,
+        seed: int = 0,
+        report: Reporter = silent,
+    ) -> Verification:
+        """Change what each of `cells` names (several joined by "+" together) and see what the model says then.
+
+        Actions: ablate, scale by `factor`, patch from the other state, restore an edited matrix. Raises BadInput on a
+        cell, an action or a state that can't be.
+        """
+        with self._held(plan.model, report) as lm:
+            from mega_core.verify_study import verify
+
+            return verify(
+                plan, lm, cells, action, state, factor=factor, case=case, draws=controls, seed=seed, report=report
+            )
+
+    def train_mask(
+        self,
+        model: str,
+        method: str,
+        n: int,
+        out: Path,
+        *,
+        layer: int | None = None,
+        together: bool = False,
+        settings: str = "top",
+        pruned: float = 0.10,
+        epochs: int | None = None,
+        params: Mapping[str, object] | None = None,
+        seed: int = 0,
+        report: Reporter = silent,
+    ) -> Mask:
+        """Edit `n` facts, train one mask that undoes the edits, and write it to the file `out`."""
+        entry, chosen = self._asked(model, method, (), seed)
+        with self._held(entry.ref(), report) as lm:
+            from mega_core import mask_study
+
+            plan = mask_study.Plan(chosen.name, n, seed=seed, together=together, given=tuple((params or {}).items()))
+            training = mask_study.settings_of(settings, pruned, epochs)
+            mask = mask_study.train_mask(lm, plan, entry.defaults.get(method, {}), layer, training, report)
+            mask.save(out)
+        return mask
+
+    def evaluate_mask(self, mask: Path, n: int = 100, report: Reporter = silent) -> Evaluation:
+        """Judge a mask file on edits that it has not seen, beside its controls."""
+        self._pool()  # sets up what the next line imports
+        from mega_core.masking.masks import Mask
+
+        found = Mask.load(mask)
+        entry = self.settings.model(found.model)
+        with self._held(entry.ref(), report) as lm:
+            from mega_core import mask_study
+
+            return mask_study.evaluate_mask(lm, found, entry.defaults, n, report)
 
     # Inside ----------------------------------------------------------------------------------------------------------
 

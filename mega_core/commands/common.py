@@ -7,7 +7,7 @@ import json
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -61,7 +61,7 @@ def plans_of(
     """One complete question per method, all about the same facts. Raises before any of them is worked on."""
     if len(set(names)) < len(names) or not names:
         raise BadInput("--methods", "names one twice, or none.", "For example: --methods rome,memit,mega.")
-    params = params_of(arguments.param, names)
+    params = with_regions(params_of(arguments.param, names), service, arguments.model)
     if arguments.file is not None:
         for name in ("subject", "template", "target_new", "target_true", "paraphrase", "neighbour"):
             if getattr(arguments, name):
@@ -124,6 +124,28 @@ def params_of(pairs: Sequence[str], methods: Sequence[str]) -> dict[str, dict[st
         for one in having or methods:
             shared[one][name] = value
     return {name: {**shared[name], **own[name]} for name in methods}
+
+
+def with_regions(
+    params: Mapping[str, Mapping[str, object]], service: Service, model: str
+) -> dict[str, dict[str, object]]:
+    """The parameters with each region file in them turned into its layers: a question never holds a file's name.
+
+    A name without a folder that is no file here means one of the regions that `contrast` kept.
+    """
+    from mega_core import regions
+
+    def layers(method: str, name: str, given: object) -> object:
+        if not regions.names_file(method, name, given):
+            return given
+        path = Path(str(given).strip())
+        kept = service.regions(model).get(path.stem) if path.parent == Path() and not path.exists() else None
+        region = kept or regions.Region.load(path)
+        return region.check(model, service.weights(model), f"{method}.{name}").text(regions.PLACES[method, name])
+
+    return {
+        method: {name: layers(method, name, value) for name, value in own.items()} for method, own in params.items()
+    }
 
 
 def requests_of(name: str) -> list[EditRequest]:

@@ -14,6 +14,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 
 from mega_core.embedded import facts
@@ -25,6 +26,8 @@ FOLDER = Path(__file__).resolve().parent / "examples"
 INDEX_VERSION = 1
 OUTCOMES = ("works", "leaks", "fails")
 NEIGHBOURS = 10
+REPORTED_SEED = 2
+DEV_SEED, DEV_COUNT = 11, 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +125,24 @@ def candidates(seed: int, *, min_neighbours: int = 0) -> Iterator[EditRequest]:
         fact = generator.choice(by_relation[generator.choice(relations)])
         if others := facts.counterfactuals(fact):
             yield request_of(fact, generator.choice(others), generator.choice(fact.templates_edit))
+
+
+def reported(count: int) -> list[EditRequest]:
+    """The edits that results are reported on; their subjects differ from each other and from the development split's.
+
+    The development split, on which defaults were tuned, is the first 60 of `candidates(11)`.
+    """
+    taken = {
+        request.subject for least in (0, 1) for request in islice(candidates(DEV_SEED, min_neighbours=least), DEV_COUNT)
+    }
+    chosen: list[EditRequest] = []
+    for request in candidates(REPORTED_SEED, min_neighbours=1):
+        if len(chosen) == count:
+            break
+        if request.subject not in taken:
+            taken.add(request.subject)
+            chosen.append(request)
+    return chosen
 
 
 def fitness(found: Outcome) -> Mapping[str, float]:

@@ -124,7 +124,10 @@ def groups(
     from mega_core.methods import spread
     from mega_core.methods.pathway import pathway, window
 
-    given = {name: getattr(params, name).strip() for name in ("value_layers", "query_layers")}
+    given = {
+        name: getattr(params, name).partition("(")[0].strip()  # a remark in brackets says who measured them
+        for name in ("value_layers", "query_layers")
+    }
     fixed = {
         name: spread.parse_layers(text, lm.n_layers, f"ace.{name}")
         for name, text in given.items()
