@@ -165,16 +165,21 @@ class Region:
             plain = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise BadInput(str(path), "is not JSON.", _AGAIN) from error
+        return cls.of_plain(plain, str(path))
+
+    @classmethod
+    def of_plain(cls, plain: object, where: str = "region") -> Region:
+        """What as_plain() gave. Raises BadInput naming `where` and what is wrong."""
         if not isinstance(plain, dict) or plain.get("kind") != "region":
-            raise BadInput(str(path), "is not a region file.", _AGAIN)
+            raise BadInput(where, "is not a region file.", _AGAIN)
         if plain.get("schema_version") != SCHEMA_VERSION:
             version = str(plain.get("schema_version"))[:20]
-            raise BadInput(str(path), f"has schema {version}; this reads {SCHEMA_VERSION}.", _AGAIN)
+            raise BadInput(where, f"has schema {version}; this reads {SCHEMA_VERSION}.", _AGAIN)
         try:
             return _read(plain)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             why = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)[:80]
-            raise BadInput(str(path), f"is damaged ({why}).", _AGAIN) from error
+            raise BadInput(where, f"is damaged ({why}).", _AGAIN) from error
 
 
 _AGAIN = "Make one with: python -m mega_core contrast."

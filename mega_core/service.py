@@ -31,7 +31,9 @@ from mega_core import __version__, contrast_study, folders
 from mega_core.attribution import VIEWS, read_view
 from mega_core.embedded import examples as shipped
 from mega_core.embedded import facts as known
+from mega_core.embedded import measured
 from mega_core.embedded.examples import Example
+from mega_core.embedded.measured import Measured
 from mega_core.errors import (
     ActionableError,
     BadInput,
@@ -742,12 +744,30 @@ class Service:
         return self._weights(self.settings.model(model))
 
     def regions(self, model: str) -> dict[str, Region]:
-        """Name -> region of this model, of those that were kept; none when the model isn't here."""
+        """Name -> region of this model, of those that were kept; the one that ships goes by the model's name."""
         try:
             weights = self.weights(model)
         except ModelUnavailable:
             return {}
-        return saved_regions(self.settings.cache_dir / "regions", model, weights)
+        shipped_one = self.measured(model)
+        shipped_regions = {} if shipped_one is None else {model: shipped_one.region}
+        return shipped_regions | saved_regions(self.settings.cache_dir / "regions", model, weights)
+
+    def measured(self, model: str) -> Measured | None:
+        """The contrast of edits that ships with an embedded model; None for others."""
+        entry = self.settings.model(model)
+        try:
+            return measured.load(entry.name, self._weights(entry)) if entry.embedded else None
+        except (ModelUnavailable, StoreError) as error:
+            self._notice("measured", str(error))
+            return None
+
+    def ship_contrast(self, study: Mapping[str, Any]) -> Path:
+        """Keep a study, as plain JSON, as the one that ships. Raises BadInput unless its model is embedded."""
+        name = study["region"]["model"]["name"]
+        if not self.settings.model(name).embedded:
+            raise BadInput("model", f"{name} does not ship with the project.", "Use --out and --json instead.")
+        return measured.write(study)
 
     def keep_region(self, name: str, region: Region) -> None:
         """Keep a region under a name, in the place of one of that name. Raises BadInput on a name that is none."""

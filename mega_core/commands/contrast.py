@@ -59,6 +59,7 @@ def add(commands: argparse._SubParsersAction[Parser]) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="the region file, such as region.json")
     parser.add_argument("--json", metavar="FILE", help="all tables as JSON; - is standard output")
+    parser.add_argument("--ship", action="store_true", help="keep it as what the pages show of an embedded model")
     parser.set_defaults(command=_contrast)
 
 
@@ -89,6 +90,8 @@ def _contrast(arguments: argparse.Namespace) -> None:
         if arguments.out is not None:
             study.region.save(arguments.out)
             service.keep_region(arguments.out.stem, study.region)
+        if arguments.ship:
+            print(f"Written to {service.ship_contrast(as_plain(study))}", file=sys.stderr)
     if arguments.json == "-":
         print_json(as_plain(study))
         return

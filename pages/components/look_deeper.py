@@ -15,7 +15,7 @@ from mega_core.errors import ActionableError
 from mega_core.records import Inspection, Report
 from pages.components import view_charts
 from pages.components.session import owner, service, tell, told
-from pages.components.text import csv_bytes, md, token_label
+from pages.components.text import MODULES, csv_bytes, md, signed, token_label
 
 CANDIDATE = "new"
 
@@ -163,6 +163,7 @@ def draw(report: Report) -> None:
     _ask(report)
     for panel in present:
         _panel(panel, report)
+    _contrast(report.question.model.name)
 
 
 @st.fragment
@@ -188,6 +189,62 @@ def _panel(panel: Panel, report: Report) -> None:
             on_click="ignore",
             key=f"deep_csv_{panel.frame}",
         )
+
+
+HOLDS = {"yes": ":material/check_circle: holds", "no": ":material/cancel: does not hold", "unclear": "unclear"}
+
+
+@st.fragment
+@told
+def _contrast(model: str) -> None:
+    """What many edits of this model have in common: curves by editor, and whether the published pattern holds."""
+    found = service().measured(model)
+    if found is None:
+        return
+    region = found.region
+    with st.expander("Success against failure: many edits of this model", icon=":material/insights:"):
+        st.markdown(f"**{md(found.verdict)}**")
+        st.caption(
+            f"{region.edits} edits, each by {md(', '.join(region.methods))}. The pattern is that of MEGA's paper: late "
+            "attention promotes the new object, attention and MLPs suppress the original one. Curves: change of the "
+            "contribution over edits that worked, with 95 % intervals. This is a small teaching model; nothing here is "
+            "evidence about pretrained ones."
+        )
+        module = st.segmented_control(
+            "Module",
+            ["attn", "ffn"],
+            default="attn",
+            format_func=lambda m: MODULES[m],
+            key="contrast_module",
+            required=True,
+        )
+        candidate = st.segmented_control(
+            "Object",
+            ["new", "true"],
+            default="new",
+            format_func=lambda c: view_charts.CANDIDATES[c],
+            key="contrast_candidate",
+            required=True,
+        )
+        table = found.curves
+        shown = table[
+            (table["statistic"] == "D") & (table["module"] == module) & (table["candidate"] == candidate)
+        ].reset_index(drop=True)
+        st.vega_lite_chart(
+            spec=view_charts.contrast_bands(shown).to_dict(validate=False),
+            width="stretch",
+            key=f"contrast_chart_{module}_{candidate}",
+            alt="Change of the contribution by layer, a line and interval for each editor. A table has the numbers.",
+        )
+        layers = ", ".join(map(str, region.layers))
+        st.markdown(f"Layers with most leverage, where MEGA can steer: **{md(layers)}**")
+        for editor, claims in found.claims.items():
+            for claim in claims:
+                st.caption(
+                    f"{md(editor)}: {md(claim.text)}: {HOLDS.get(claim.holds, md(claim.holds))} "
+                    f"({signed(claim.value)} nats, {signed(claim.low)} to {signed(claim.high)})"
+                )
+        st.dataframe(table, hide_index=True, key="contrast_table", alt="All curves as a table")
 
 
 def _ask(report: Report) -> None:

@@ -11,11 +11,13 @@ from typing import Any
 
 from mega_core import frames
 from mega_core.embedded.examples import Example
+from mega_core.embedded.measured import Claim, Measured
 from mega_core.errors import BadInput, UnknownName
 from mega_core.jobs import JobError, JobView, StageView
 from mega_core.methods.base import Knob
 from mega_core.notebook import Entry, Note, NotebookHealth, Run, Verdict
 from mega_core.records import EditRequest, Inspection, MethodRef, ModelRef, Receipt, Report
+from mega_core.regions import Count, Region
 from mega_core.service import PROMISES, Answer, MethodInfo, ModelInfo, Status, ViewInfo
 from mega_core.summary import outcome, verdict
 
@@ -255,6 +257,25 @@ def card(report: Report) -> Card:
     )
 
 
+MEASURED = Measured(
+    Region(
+        model="atlas-gpt2", weights="0" * 64, n_layers=LAYERS, methods=("rome",), edits=20, seed=0, basis="D",
+        counts={"rome": Count(18, 2, 0, "too few")}, layers=(4, 5), value_layers=(4,), query_layers=(2,), leverage=(),
+    ),
+    "The published pattern holds for every editor: rome.",
+    {"rome": (Claim("late attention promotes the new object", "yes", 9.1, 8.5, 9.7),)},
+    frames.from_rows(
+        [
+            {"editor": "rome", "statistic": "D", "failures": "none", "module": module, "layer": layer,
+             "candidate": candidate, "mean": 0.5 * layer, "low": 0.4 * layer - 1, "high": 0.6 * layer + 1,
+             "n_success": 18, "n_failure": 2}
+            for module in ("attn", "ffn") for candidate in ("new", "true") for layer in range(LAYERS)
+        ],
+        "contrast",
+    ),
+)  # fmt: skip
+
+
 @dataclass
 class FakeService:
     """Answers like Service. Change its fields to make it busy, empty or broken."""
@@ -341,6 +362,9 @@ class FakeService:
             ViewInfo("module_scores", "Layers and modules", "Where it happens.", ("module_scores",), ()),
             ViewInfo("heads", "Heads", "Which heads carry it.", ("head_scores",), ()),
         )
+
+    def measured(self, model: str) -> Measured | None:
+        return MEASURED if model == WORKS.question.model.name else None
 
     def examples(self) -> tuple[Card, ...]:
         return self.cards

@@ -161,7 +161,7 @@ class TestEdit:
         assert at.text_input(key="edit_subject").value == "Eiffel Tower"
         assert at.text_area(key="edit_neighbours").value.startswith("Louvre Museum")
         assert not desk.submitted
-        assert len(specs(at)) == 4
+        assert len(specs(at)) == 5  # four of the run, one of many edits
         values = {metric.label: metric.value for metric in at.metric}
         assert values["New object"] == "93 %"
         assert values["Neighbours kept"] == "5 / 6"
@@ -242,6 +242,14 @@ class TestLookDeeper:
         (pills,) = [group for group in at.button_group if str(group.key).startswith("deep_views")]
         assert pills.options == ["Heads"]
         assert at.button(key="deep_look").disabled
+
+    def test_what_many_edits_have_in_common_is_told_with_figures(self, visit):
+        at = self.open(visit)
+        text = words(at)
+        assert "The published pattern holds for every editor: rome." in text
+        assert "late attention promotes the new object" in text
+        assert "+9.10 nats, +8.50 to +9.70" in text
+        assert any("Change of contribution, nats" in json.dumps(spec) for spec in specs(at))
 
     def test_asking_for_a_view_asks_the_same_question_with_it(self, desk, visit):
         at = self.open(visit)
