@@ -1,7 +1,7 @@
 """MEGA in the region that a contrast of edits measured, against the model's default region and against other layers.
 
-1. The region file of each embedded model lies in docs/regions, made by `python -m mega_core contrast --model M --out
-   FILE` on edits whose subjects the reported split doesn't have.
+1. The region that ships with each embedded model, made by `python -m mega_core contrast --model M --ship` on edits whose
+   subjects the reported split doesn't have.
 2. The reported split (see bench/quality) is edited one fact at a time with MEGA's parameters for the model, but in its
    default region, the measured one, the lowest layers, and random ones: as many as were measured (three at least), of
    the random ones at most half the same.
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     Scores = Mapping[str, Tally]
 
-FOLDER = Path(__file__).resolve().parents[1] / "docs" / "regions"
 RANDOM_REGIONS = 2
 RESAMPLES = 500
 DEFAULT = "default region"
@@ -58,17 +57,17 @@ def measure(quick: bool, models: Sequence[str] = (), count: int | None = None, k
 
 def setups(model: str) -> list[quality.Setup]:
     """What to measure on a model. Raises Unmeasured where no region is there."""
+    from mega_core.embedded.measured import load as measured_contrast
     from mega_core.methods import METHODS
     from mega_core.methods.mega import FEWEST_LAYERS
-    from mega_core.regions import Region, layers_text
+    from mega_core.regions import layers_text
     from mega_core.settings import Settings, weights_digest
 
-    path = FOLDER / f"{model}.json"
-    if not path.exists():
-        raise Unmeasured(f"{path} is not there: python -m mega_core contrast --model {model} --out {path}")
     settings = Settings.read()
-    weights = weights_digest(settings.locate(settings.model(model)))
-    region = Region.load(path).check(model, weights, str(path))
+    shipped = measured_contrast(model, weights_digest(settings.locate(settings.model(model))))
+    if shipped is None:
+        raise Unmeasured(f"no region ships with {model}: python -m mega_core contrast --model {model} --ship")
+    region = shipped.region
     early = layers_text(range(max(FEWEST_LAYERS, len(region.layers))))
     others = [layers_text(layers) for layers in drawn(region.layers, region.n_layers)]
     measured: dict[str, dict[str, object]] = {f"measured, {layers_text(region.layers)}": {"region": region.text()}}

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import temporary_service  # noqa: E402
 from mega_core.records import Report  # noqa: E402
-from pages.components import charts, tables  # noqa: E402
+from pages.components import charts, tables, view_charts  # noqa: E402
 from pages.components.look_deeper import PANELS  # noqa: E402
 
 DIVERGING = ["#b35a1f", "#eebf91", "#f7f7f7", "#a9c4ea", "#2f5fae"]
@@ -30,6 +30,7 @@ def main() -> None:
     with temporary_service() as service:
         card = next(example for example in service.examples() if example.outcome == "works")
         question = card.report().question
+        many = service.measured(question.model.name)
         report = service.run(replace(question, views=tuple(view.name for view in service.views())))
     print(question.requests[0].sentence)
     cells = tables.module_cells(report)
@@ -39,6 +40,10 @@ def main() -> None:
         table = one_case(report, panel.frame)
         if table is not None and not table.empty:
             save(panel.draw(table, report), folder / f"{panel.frame}.png")
+    if many is not None:
+        curves = many.curves
+        late = curves[(curves["statistic"] == "D") & (curves["module"] == "attn") & (curves["candidate"] == "new")]
+        save(view_charts.contrast_bands(late.reset_index(drop=True)), folder / "contrast.png")
 
 
 def one_case(report: Report, name: str):  # noqa: ANN201

@@ -146,10 +146,10 @@ def ways_to_fail(method: str) -> tuple[Mapping[str, object], ...]:
     """Step 5, ours: parameters that make an editor fail, the mildest first; none where we know no such way.
 
     What searches or trains is stopped after 3, 2 or 1 steps. IKE states the new fact in a wrapper that the embedded
-    models were not trained to obey.
+    models were not trained on, and if they obey it all the same, behind four demonstrations, which they can't follow.
     """
     if method == "ike":
-        return ({"wrapper": "new fact, prompt"},)
+        return ({"wrapper": "new fact, prompt"}, {"k": 4})
     if any(knob.name == "steps" for knob in METHODS[method].knobs()):
         return ({"steps": 3}, {"steps": 2}, {"steps": 1})
     return ()
