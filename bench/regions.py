@@ -1,7 +1,7 @@
 """MEGA in the region that a contrast of edits measured, against the model's default region and against other layers.
 
-1. The region that ships with each embedded model, made by `python -m mega_core contrast --model M --ship` on edits whose
-   subjects the reported split doesn't have.
+1. The region that ships with each embedded model, made by `python -m mega_core contrast --model M --ship` on edits
+   whose subjects the reported split doesn't have.
 2. The reported split (see bench/quality) is edited one fact at a time with MEGA's parameters for the model, but in its
    default region, the measured one, the lowest layers, and random ones: as many as were measured (three at least), of
    the random ones at most half the same.
