@@ -69,10 +69,9 @@ def test_looking_deeper_into_an_example(server, window):
     for name in ("Attention heads", "Logit lens"):
         one.page.locator('[class*="st-key-deep_views"] button', has_text=name).click()
     one.press("Look")
-    one.page.locator("summary", has_text="Heads that changed").click(timeout=120_000)
-    one.page.locator('[class*="st-key-deep_head_scores"] .mark-rect path').first.wait_for()
-    one.page.locator("summary", has_text="Through the layers").click()
-    one.page.locator('[class*="st-key-deep_lens"] .mark-line path').first.wait_for()
+    for title in ("Heads that changed", "Through the layers"):
+        one.page.locator("summary", has_text=title).click()
+        one.page.locator('[data-testid="stExpander"]', has_text=title).locator("svg.marks, canvas").first.wait_for()
     assert not one.page.locator('[class*="st-key-deep_views"] button', has_text="Logit lens").count()
 
 
