@@ -57,6 +57,19 @@ class Count:
     """Where failures come from: natural, "induced: ...", or too few."""
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One part of the published pattern, tested on one editor."""
+
+    text: str
+    holds: str
+    """"yes", "no", or "unclear" where the interval has zero inside."""
+    value: float
+    """In nats; above zero speaks for it."""
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Region:
     """What a region file says."""

@@ -40,6 +40,7 @@ import pandas as pd
 
 from mega_core import frames
 from mega_core.errors import ActionableError, BadInput, FrameError
+from mega_core.regions import Claim
 
 Array = npt.NDArray[np.float64]
 Taken = npt.NDArray[np.bool_]
@@ -109,19 +110,6 @@ class Contrast:
     value_layers: tuple[int, ...]
     query_layers: tuple[int, ...]
     n_layers: int
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """One part of the published pattern, tested on one editor."""
-
-    text: str
-    holds: str
-    """"yes", "no", or "unclear" where the interval has zero inside."""
-    value: float
-    """In nats; above zero speaks for it."""
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

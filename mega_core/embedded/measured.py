@@ -15,23 +15,10 @@ import pandas as pd
 from mega_core import frames
 from mega_core.errors import BadInput, FrameError, StoreError
 from mega_core.folders import write_file
-from mega_core.regions import Region
+from mega_core.regions import Claim, Region
 
 FOLDER = Path(__file__).parent / "contrast"
 MAX_BYTES = 2**21
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """One part of the published pattern, tested on one editor."""
-
-    text: str
-    holds: str
-    """yes, no or unclear."""
-    value: float
-    """In nats; above zero speaks for it."""
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)

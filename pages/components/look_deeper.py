@@ -12,9 +12,9 @@ import pandas as pd
 import streamlit as st
 
 from mega_core.errors import ActionableError
-from mega_core.records import Inspection, Report
+from mega_core.records import Report
 from pages.components import view_charts
-from pages.components.session import owner, service, tell, told
+from pages.components.session import service, start, tell, told
 from pages.components.text import MODULES, csv_bytes, md, signed, token_label
 
 CANDIDATE = "new"
@@ -265,24 +265,12 @@ def _ask(report: Report) -> None:
     for name in chosen:
         st.caption(f"**{md(views[name].title)}**: {md(views[name].summary)}")
     if st.button("Look", icon=":material/troubleshoot:", disabled=not chosen, key="deep_look"):
-        _submit(replace(report.question, views=(*report.question.views, *chosen)))
-
-
-def _submit(plan: Inspection) -> None:
-    desk = service()
-    try:
-        digest = desk.digest(plan)
-        if desk.cached(digest) is None:
-            st.session_state["edit_job"] = desk.submit(plan, owner())
-            st.session_state.pop("edit_shown", None)
-            st.query_params.pop("run", None)
-        else:
-            st.session_state["edit_shown"] = digest
-            st.query_params["run"] = digest
-    except ActionableError as error:
-        tell(error)
-        return
-    st.rerun()
+        try:
+            start(replace(report.question, views=(*report.question.views, *chosen)))
+        except ActionableError as error:
+            tell(error)
+            return
+        st.rerun()
 
 
 def _table(report: Report, panel: Panel) -> pd.DataFrame:

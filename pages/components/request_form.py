@@ -19,7 +19,7 @@ from mega_core.errors import ActionableError, BadInput
 from mega_core.records import MAX_SUBJECT, MAX_TARGET, MAX_TEMPLATE, EditRequest, Inspection
 from mega_core.service import ModelInfo, Service
 from pages.components import method_picker
-from pages.components.session import owner, service, tell, told
+from pages.components.session import owner, service, start, tell, told
 from pages.components.text import md
 
 FIELDS: Mapping[str, Any] = {
@@ -323,14 +323,7 @@ def _run(desk: Service, model: str, method: str, values: Mapping[str, Any]) -> N
             params=values,
             seed=int(st.session_state["edit_seed"]),
         )
-        digest = desk.digest(plan)
-        if desk.cached(digest) is None:
-            st.session_state["edit_job"] = desk.submit(plan, owner())
-            st.session_state.pop("edit_shown", None)
-            st.query_params.pop("run", None)
-        else:
-            st.session_state["edit_shown"] = digest
-            st.query_params["run"] = digest
+        start(plan)
     except BadInput as error:
         place = PLACES.get(error.field, "")
         st.session_state["edit_problem"] = Problem(place, error.what, error.next_step)

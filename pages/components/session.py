@@ -13,6 +13,7 @@ from typing import ParamSpec
 import streamlit as st
 
 from mega_core.errors import ActionableError
+from mega_core.records import Inspection
 from mega_core.service import Service
 from pages.components.text import md
 
@@ -59,6 +60,19 @@ def run_in_address() -> str | None:
     if asked is None:
         return None
     return asked if RUN_ID.fullmatch(asked) else ""
+
+
+def start(plan: Inspection) -> None:
+    """Open the stored answer of a question, else queue it; the page then watches it. Raises as Service.submit does."""
+    desk = service()
+    digest = desk.digest(plan)
+    if desk.cached(digest) is None:
+        st.session_state["edit_job"] = desk.submit(plan, owner())
+        st.session_state.pop("edit_shown", None)
+        st.query_params.pop("run", None)
+    else:
+        st.session_state["edit_shown"] = digest
+        st.query_params["run"] = digest
 
 
 def told(draw: Callable[P, None]) -> Callable[P, None]:

@@ -143,14 +143,15 @@ def contrast_bands(table: pd.DataFrame) -> alt.LayerChart:
     colour = alt.Color(
         "editor:N",
         scale=alt.Scale(domain=editors, range=list(EDITORS[: len(editors)])),
-        legend=alt.Legend(title=None, orient="bottom"),
+        legend=alt.Legend(title=None, orient="bottom", symbolOpacity=1, symbolType="stroke", symbolStrokeWidth=3),
     )
     base = alt.Chart(table).encode(
         x=alt.X("layer:Q", axis=alt.Axis(title="Layer, input to output", grid=False, tickMinStep=1))
     )
-    band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q", title="nats"), y2="high:Q", color=colour)
+    title = "Change of contribution, nats"
+    band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q", title=title), y2="high:Q", color=colour)
     line = base.mark_line(strokeWidth=2, point=True).encode(
-        y=alt.Y("mean:Q", axis=alt.Axis(title="Change of contribution, nats", gridOpacity=0.35)),
+        y=alt.Y("mean:Q", axis=alt.Axis(title=title, gridOpacity=0.35)),
         color=colour,
         tooltip=["editor:N", "layer:Q", alt.Tooltip("mean:Q", format="+.3f"), "low:Q", "high:Q"],
     )

@@ -10,6 +10,7 @@ import pytest
 
 from mega_core.embedded import measured
 from mega_core.errors import BadInput, StoreError
+from mega_core.regions import Claim
 from mega_core.service import Service
 from mega_core.settings import Settings
 
@@ -38,7 +39,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert found is not None
     assert found.region.as_plain() == STUDY["region"]
     assert found.verdict == "It holds."
-    assert found.claims["rome"] == (measured.Claim("late", "yes", 1.5, 1.0, 2.0),)
+    assert found.claims["rome"] == (Claim("late", "yes", 1.5, 1.0, 2.0),)
     assert found.curves["mean"].tolist() == [1.23457]
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from mega_core import frames
 from mega_core.embedded.examples import Example
-from mega_core.embedded.measured import Claim, Measured
+from mega_core.embedded.measured import Measured
 from mega_core.errors import BadInput, UnknownName
 from mega_core.jobs import JobError, JobView, StageView
 from mega_core.methods.base import Knob
 from mega_core.notebook import Entry, Note, NotebookHealth, Run, Verdict
 from mega_core.records import EditRequest, Inspection, MethodRef, ModelRef, Receipt, Report
-from mega_core.regions import Count, Region
+from mega_core.regions import Claim, Count, Region
 from mega_core.service import PROMISES, Answer, MethodInfo, ModelInfo, Status, ViewInfo
 from mega_core.summary import outcome, verdict
 
