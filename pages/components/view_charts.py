@@ -93,7 +93,7 @@ def lens_lines(table: pd.DataFrame, crossing: pd.DataFrame | None = None) -> alt
         if len(met):
             marks = met.assign(depth=met["lasting_layer"] + met["lasting_site"].map(SITE_STEPS))
             layered.append(alt.Chart(marks).mark_rule(color=SELECTED, strokeWidth=1.5).encode(x=x))
-    return _finished(layered, 300)
+    return _finished(layered, 330)
 
 
 def trace_map(table: pd.DataFrame) -> alt.LayerChart:
@@ -148,14 +148,14 @@ def contrast_bands(table: pd.DataFrame) -> alt.LayerChart:
     base = alt.Chart(table).encode(
         x=alt.X("layer:Q", axis=alt.Axis(title="Layer, input to output", grid=False, tickMinStep=1))
     )
-    title = "Change of contribution, nats"
+    title = "Change, nats"
     band = base.mark_area(opacity=0.15).encode(y=alt.Y("low:Q", title=title), y2="high:Q", color=colour)
     line = base.mark_line(strokeWidth=2, point=True).encode(
         y=alt.Y("mean:Q", axis=alt.Axis(title=title, gridOpacity=0.35)),
         color=colour,
         tooltip=["editor:N", "layer:Q", alt.Tooltip("mean:Q", format="+.3f"), "low:Q", "high:Q"],
     )
-    return _finished([_zero(), band, line], 280)
+    return _finished([_zero(), band, line], 330)
 
 
 def spectrum_points(table: pd.DataFrame) -> alt.LayerChart:
@@ -216,7 +216,11 @@ def _heat(
         .mark_rect(cornerRadius=2, stroke=INK, strokeOpacity=0.35, strokeWidth=0.5)
         .encode(
             x=alt.X(x, axis=alt.Axis(title=x_title, labelAngle=0, ticks=False, domain=False, grid=False)),
-            y=alt.Y(y, sort=order, axis=alt.Axis(title=y_title, ticks=False, domain=False, grid=False, labelLimit=150)),
+            y=alt.Y(
+                y,
+                sort=order,
+                axis=alt.Axis(title=y_title, ticks=False, domain=False, grid=False, labelLimit=150, labelOverlap=False),
+            ),
             color=alt.Color(
                 f"{value}:Q",
                 scale=alt.Scale(domain=[-limit, limit], range="diverging", interpolate="rgb", clamp=True),
@@ -235,7 +239,7 @@ def _heat(
             tooltip=[x, y, alt.Tooltip(f"{value}:Q", format="+.4f")],
         )
     )
-    return _finished([cells], 24 * rows + 108)
+    return _finished([cells], 26 * rows + 150)
 
 
 def _bars(table: pd.DataFrame, place: str, value: str, title: str, order: list[str], more: list[str]) -> alt.LayerChart:

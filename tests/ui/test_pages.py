@@ -249,7 +249,7 @@ class TestLookDeeper:
         assert "The published pattern holds for every editor: rome." in text
         assert "late attention promotes the new object" in text
         assert "+9.10 nats, +8.50 to +9.70" in text
-        assert any("Change of contribution, nats" in json.dumps(spec) for spec in specs(at))
+        assert any("Change, nats" in json.dumps(spec) for spec in specs(at))
 
     def test_asking_for_a_view_asks_the_same_question_with_it(self, desk, visit):
         at = self.open(visit)
