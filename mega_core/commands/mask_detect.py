@@ -85,6 +85,8 @@ def summary(found: Detection) -> str:
     for one in found.findings:
         if one.kind == "low_rank" and one.neurons:
             lines += ["", *_story(one)]
+    if not found.answers and any(one.kind == "low_rank" for one in found.findings):
+        lines += ["", "Ask about such a name to see what the edit says there: --prompt TEXT."]
     if found.answers:
         lines += ["", f"{'prompt':<50}  {'answer':<30}  {'with the mask' if found.masked else ''}".rstrip()]
         for said in found.answers:

@@ -39,6 +39,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mega_core.changes import MatrixDelta, WeightDelta
+from mega_core.embedded import facts
 from mega_core.errors import BadInput, StoreError
 from mega_core.events import Reporter, silent, stage
 from mega_core.masking.masks import Mask, Masked
@@ -827,6 +828,8 @@ def detect_folder(
 ) -> Detection:
     """The report about a folder, and what a mask makes of its answers to the prompts.
 
+    Besides the prompts and ordinary text, the names of the shipped fact tables are searched for what an edit answers
+    to: a subject that no text happens to name would not be found.
     Raises BadInput, ModelUnavailable and UnsupportedModel, in words for a person, before anything large is loaded
     where that can be.
     """
@@ -848,7 +851,7 @@ def detect_folder(
         lm,
         None if known is None else known.matrices,
         reference_name="" if known is None else known.name,
-        texts=texts,
+        texts=(*texts, *facts.load().by_subject),
         report=report,
     )
     if known is not None and (changed := _changed(known.others, _others(lm))):
