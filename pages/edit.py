@@ -42,6 +42,7 @@ with right:
     if st.session_state.get("edit_job"):
         progress.draw(st.session_state["edit_job"])
     elif report is not None:
+        progress.failure()
         report_view.answers(report)
     elif trouble is not None:
         tell(trouble)

@@ -270,6 +270,8 @@ def _ask(report: Report) -> None:
         except ActionableError as error:
             tell(error)
             return
+        if st.session_state.get("edit_job"):
+            st.session_state["edit_before"] = report.digest
         st.rerun()
 
 

@@ -90,6 +90,9 @@ def _end(error: JobError | None, *, cancelled: bool = False) -> None:
     st.session_state.pop("edit_job", None)
     st.session_state["edit_failure"] = error
     st.session_state["edit_cancelled"] = cancelled
+    before = st.session_state.pop("edit_before", None)
+    if before and (error is not None or cancelled):  # the run that more was asked about is still there
+        st.session_state["edit_shown"] = st.query_params["run"] = before
     st.rerun()
 
 

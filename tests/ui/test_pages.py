@@ -251,6 +251,19 @@ class TestLookDeeper:
         assert "+9.10 nats, +8.50 to +9.70" in text
         assert any("Change, nats" in json.dumps(spec) for spec in specs(at))
 
+    def test_when_looking_fails_the_run_is_still_shown(self, desk, visit):
+        at = self.open(visit)
+        (pills,) = [group for group in at.button_group if str(group.key).startswith("deep_views")]
+        pills.set_value(["heads"]).run()
+        at.button(key="deep_look").click().run()
+        desk.view = failed("e" * 64)
+        at.run()
+        assert not at.exception
+        text = words(at)
+        assert "ran out of memory" in text
+        assert "Rome is now the most likely answer" in text
+        assert at.query_params["run"] in (WORKS.digest, [WORKS.digest])
+
     def test_asking_for_a_view_asks_the_same_question_with_it(self, desk, visit):
         at = self.open(visit)
         (pills,) = [group for group in at.button_group if str(group.key).startswith("deep_views")]
