@@ -24,13 +24,17 @@ MAX_REPORT_BYTES = 64 * 2**20
 Scalar = str | int | float | bool | None
 
 
-def clean_text(name: str, text: str, limit: int, *, may_be_empty: bool = False) -> str:
-    """NFC text without outer blanks. Raises BadInput naming the field on wrong type, length, hidden characters."""
+def clean_text(name: str, text: str, limit: int, *, may_be_empty: bool = False, lines: bool = False) -> str:
+    """NFC text without outer blanks. Raises BadInput naming the field on wrong type, length, hidden characters.
+
+    `lines` lets line breaks and tabs inside the text pass: CounterFact's paraphrases have them.
+    """
     if not isinstance(text, str):
         raise BadInput(name, f"expected text, got {type(text).__name__}.", "Type it as text.")
     if len(text) > 4 * limit:  # before normalising: normal forms of huge strings are slow
         raise BadInput(name, f"{len(text):,} characters, the limit is {limit}.", "Shorten it.")
-    bad = next((c for c in text if unicodedata.category(c) in ("Cc", "Cs", "Cn", "Co") or c in "\u2028\u2029"), None)
+    allowed = "\n\t" if lines else ""
+    bad = next((c for c in text if c not in allowed and (unicodedata.category(c) in _HIDDEN or c in _BREAKS)), None)
     if bad is not None:
         raise BadInput(
             name, f"contains the control character U+{ord(bad):04X}.", "Remove it (often a tab or line break)."
@@ -46,6 +50,7 @@ def clean_text(name: str, text: str, limit: int, *, may_be_empty: bool = False) 
     return clean
 
 
+_HIDDEN, _BREAKS = ("Cc", "Cs", "Cn", "Co"), "\u2028\u2029"
 _BIDI_CONTROLS = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
@@ -101,7 +106,7 @@ class EditRequest:
             prompts = tuple(getattr(self, name))
             if len(prompts) > MAX_PROMPTS:
                 raise BadInput(name, f"{len(prompts)} prompts, the limit is {MAX_PROMPTS}.", "Leave some out.")
-            set_(self, name, tuple(dict.fromkeys(clean_text(name, prompt, MAX_TEMPLATE) for prompt in prompts)))
+            set_(self, name, tuple(dict.fromkeys(clean_text(name, text, MAX_TEMPLATE, lines=True) for text in prompts)))
 
     @property
     def prompt(self) -> str:
@@ -258,10 +263,13 @@ def inspection_from_plain(plain: Mapping[str, Any]) -> Inspection:
     return Inspection(
         model=ModelRef(**plain["model"]),
         method=MethodRef(method["name"], method["version"], tuple((k, v) for k, v in method["params"])),
-        requests=tuple(
-            EditRequest(**{**r, "paraphrases": tuple(r["paraphrases"]), "neighbours": tuple(r["neighbours"])})
-            for r in plain["requests"]
-        ),
+        requests=tuple(request_from_plain(request) for request in plain["requests"]),
         views=tuple(plain["views"]),
         seed=plain["seed"],
     )
+
+
+def request_from_plain(plain: Mapping[str, Any]) -> EditRequest:
+    """The EditRequest that as_plain wrote. Raises KeyError, TypeError or BadInput on anything else."""
+    prompts = {name: tuple(plain[name]) for name in ("paraphrases", "neighbours")}
+    return EditRequest(**{**plain, **prompts})

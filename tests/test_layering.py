@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import what stands in a row above, and its own package. In "free" rows modules may import each other.
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("free", ("", "records", "frames", "events", "errors", "keys", "params")),  # "": mega_core/__init__.py
+    ("free", ("", "records", "frames", "events", "errors", "keys", "params", "cases")),  # "": mega_core/__init__.py
     ("free", ("registry", "store", "notebook", "settings", "migrations", "summary", "folders", "regions")),
     ("apart", ("models",)),
     ("apart", ("changes", "embedded")),

@@ -56,7 +56,7 @@ class NextToken:
     logprob: Mapping[int, float]
     """id -> log-probability (nats), for the ids asked and those in `top`."""
     rank: Mapping[int, int]
-    """id -> 1 + how many ids are more likely, for the same ids."""
+    """id -> 1 + how many ids are more likely, for the same ids; empty where ranks were not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,17 +159,22 @@ def most_likely(lm: ModelAdapter, prompt: str, count: int = TOP) -> tuple[tuple[
 
 
 def distributions(
-    lm: ModelAdapter, wanted: Mapping[Context, Collection[int]], top: int = 0, report: Reporter = silent
+    lm: ModelAdapter,
+    wanted: Mapping[Context, Collection[int]],
+    top: int = 0,
+    report: Reporter = silent,
+    ranks: bool = True,
 ) -> dict[Context, NextToken]:
     """Next-token distributions at each context, for the ids wanted there and the `top` most likely (step 2).
 
+    A rank is a pass over the vocabulary per id: whoever reads none leaves them out.
     Raises ActionableError when the model's numbers are not finite.
     """
     batches = list(_batches(_rows(wanted), lm.vocab_size))
     found: dict[Context, NextToken] = {}
     with stage(report, "answers", total=len(batches)) as step, torch.no_grad():
         for batch in batches:
-            found.update(_read(lm, batch, wanted, top))
+            found.update(_read(lm, batch, wanted, top, ranks))
             step()
     return found
 
@@ -206,7 +211,11 @@ def _batches(rows: Mapping[Context, list[Context]], vocab: int) -> Iterator[dict
 
 
 def _read(
-    lm: ModelAdapter, rows: Mapping[Context, list[Context]], wanted: Mapping[Context, Collection[int]], top: int
+    lm: ModelAdapter,
+    rows: Mapping[Context, list[Context]],
+    wanted: Mapping[Context, Collection[int]],
+    top: int,
+    ranks: bool,
 ) -> Iterator[tuple[Context, NextToken]]:
     """Run one batch and read every context's distribution off it."""
     batch = tokens.pack(lm.tokenizer, [row.ids for row in rows], lm.device, [row.start for row in rows])
@@ -229,10 +238,11 @@ def _read(
     picked = logits.gather(1, ids)  # (n, m)
     logprob = picked.double() - partition.double()[:, None]
     # Column by column: all at once would hold (n, m, vocab).
-    rank = torch.stack([(logits > column[:, None]).sum(-1) + 1 for column in picked.T], dim=1)  # (n, m)
+    counted = picked.T if ranks else ()
+    rank = [((logits > column[:, None]).sum(-1) + 1).tolist() for column in counted]  # (m, n)
     columns = [*range(most, ids.shape[1])]
-    table = zip(places, asked, best.tolist(), ids.tolist(), logprob.tolist(), rank.tolist(), strict=True)
-    for (_, context), own, first, row_ids, row_logprob, row_rank in table:
+    table = zip(places, asked, best.tolist(), ids.tolist(), logprob.tolist(), strict=True)
+    for row, ((_, context), own, first, row_ids, row_logprob) in enumerate(table):
         use = [*range(len(own)), *columns]
         yield (
             context,
@@ -240,7 +250,7 @@ def _read(
                 best=first,
                 top=tuple(row_ids[most:]) if top else (),
                 logprob={row_ids[i]: row_logprob[i] for i in use},
-                rank={row_ids[i]: row_rank[i] for i in use},
+                rank={row_ids[i]: rank[i][row] for i in use} if ranks else {},
             ),
         )
 
