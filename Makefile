@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+TEST_WORKERS ?= 2
 BENCH_ARGS ?=
 STREAMLIT_SERVER_PORT ?= 8501
 STREAMLIT_SERVER_ADDRESS ?= 127.0.0.1
@@ -20,17 +21,17 @@ app: $(VENV)/.runtime ## run the dashboard on http://127.0.0.1:8501 (STREAMLIT_S
 
 test: $(VENV)/.dev ## run every test; those that drive a browser run when chromium is installed
 	@if command -v chromium >/dev/null 2>&1; then \
-		$(BIN)/python -m pytest $(PYTEST_ARGS); \
+		$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS); \
 	else \
 		echo "chromium is not installed: the tests that drive a browser are left out."; \
-		$(BIN)/python -m pytest -m "not e2e" $(PYTEST_ARGS); \
+		$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not e2e" $(PYTEST_ARGS); \
 	fi
 
 check: $(VENV)/.dev ## format, lint, types and the fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow and not e2e" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow and not e2e" $(PYTEST_ARGS)
 
 format: $(VENV)/.dev ## rewrite the files the way `make check` wants them
 	$(BIN)/ruff format .

@@ -37,6 +37,7 @@ MEASUREMENTS = {
     "steering": "fitting a steered edit, and its hooks' share of generation",
     "memory": "peak memory of one edit",
     "gpu": "one edit of each method in the shape of large models",
+    "sweep": "a benchmark run against one process per edit, and killed five times",
     "reopen": "opening a stored result",
     "storm": "200 jobs with cancellations and failures at every stage",
     "pages": "first paint and chart click in a browser",
