@@ -33,13 +33,18 @@ def clean_text(name: str, text: str, limit: int, *, may_be_empty: bool = False, 
         raise BadInput(name, f"expected text, got {type(text).__name__}.", "Type it as text.")
     if len(text) > 4 * limit:  # before normalising: normal forms of huge strings are slow
         raise BadInput(name, f"{len(text):,} characters, the limit is {limit}.", "Shorten it.")
+    plain = text.isprintable()  # then nothing hidden is in it, and it need not be gone through sign by sign
     allowed = "\n\t" if lines else ""
-    bad = next((c for c in text if c not in allowed and (unicodedata.category(c) in _HIDDEN or c in _BREAKS)), None)
+    bad = (
+        None
+        if plain
+        else next((c for c in text if c not in allowed and (unicodedata.category(c) in _HIDDEN or c in _BREAKS)), None)
+    )
     if bad is not None:
         raise BadInput(
             name, f"contains the control character U+{ord(bad):04X}.", "Remove it (often a tab or line break)."
         )
-    bidi = next((c for c in text if unicodedata.bidirectional(c) in _BIDI_CONTROLS), None)
+    bidi = None if plain else next((c for c in text if unicodedata.bidirectional(c) in _BIDI_CONTROLS), None)
     if bidi is not None:
         raise BadInput(name, f"contains the invisible direction mark U+{ord(bidi):04X}.", "Remove it.")
     clean = unicodedata.normalize("NFC", text).strip()

@@ -20,10 +20,9 @@
 4. CI, CII and SA count only while the edit itself took: p(o*) > p(o) after the edit prompt.
 5. Means: first within an edit, then over the edits that have the metric, then over metrics (`means`, `average`).
 
-CI and CII are asked in the forms of two-hop questions that are kept for judging (`Hop.templates_judge`).
-
-A request that no table knows has Acc, DI and DII, Gen from its paraphrases and Spec from its neighbours. Probes judge;
-no method may read them.
+A known fact's RS, CI, CII and SA come from `embedded.related`, any other case's from its own tests (`of_case`; the
+first question of each, as SAKE's code does). A request that no table knows has Acc, DI and DII, Gen from its
+paraphrases and Spec from its neighbours. Probes judge; no method may read them.
 """
 
 from __future__ import annotations
@@ -37,7 +36,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
-from mega_core.embedded import corpus, facts
+from mega_core.cases import AxisTest, Case, Chain, Query
+from mega_core.embedded import corpus, facts, related
+from mega_core.embedded.related import fact_of
 from mega_core.evaluation import looks
 from mega_core.evaluation.looks import Context, NextToken
 from mega_core.models import tokens
@@ -85,6 +86,13 @@ class Probe:
     """The object it competes with, where there is one."""
     given: Question | None = None
     """What the unedited model must answer for this probe to count."""
+    also: tuple[Question, ...] = ()
+    """What else it must answer."""
+
+    @property
+    def conditions(self) -> tuple[Question, ...]:
+        """All that the unedited model must answer."""
+        return (*((self.given,) if self.given is not None else ()), *self.also)
 
 
 class Tally(NamedTuple):
@@ -107,16 +115,20 @@ class Base:
     """As `ask` gives them."""
 
 
-def fact_of(request: EditRequest) -> facts.Fact | None:
-    """The known fact that this request rewrites, or None."""
-    for fact in facts.load().by_subject.get(request.subject, ()):
-        if request.template in (*fact.trained, *fact.templates_held_out) and request.target_true in (None, fact.object):
-            return fact
-    return None
-
-
 def probes_of(request: EditRequest, most: int = MOST) -> tuple[Probe, ...]:
     """Every probe of one edit, at most `most` per metric."""
+    return _probes(request, related.tests_of(request), related.chains_of(request), most)
+
+
+def of_case(case: Case, most: int = MOST) -> tuple[Probe, ...]:
+    """Every probe of a case's first edit: RS, CI, CII and SA from the case's tests, the others as in `probes_of`.
+
+    Tests without an answer, and those of axes that are no metric here (LG, FN), have none.
+    """
+    return _probes(case.request, case.tests, case.chains, most)
+
+
+def _probes(request: EditRequest, tests: Sequence[AxisTest], chains: Sequence[Chain], most: int) -> tuple[Probe, ...]:
     fact = fact_of(request)
     new, old = request.target_new, request.target_true or (fact.object if fact else None)
     listed = [Probe("Acc", request.prompt, (new,), old), *_doubts(request, old)]
@@ -131,7 +143,7 @@ def probes_of(request: EditRequest, most: int = MOST) -> tuple[Probe, ...]:
             Probe("Spec", facts.fill(request.template, other.subject), (fact.object,), new)
             for other in facts.neighbours(fact, most)
         ]
-        listed += [*_same_subject(fact), *_through(fact, new), *_towards(fact, new), *_other_names(fact, request)]
+    listed += _of_tests(tests, chains, new, old)
     chosen: list[Probe] = []
     for metric in METRICS:
         own = {probe.prompt: probe for probe in listed if probe.metric == metric}
@@ -146,7 +158,7 @@ def ask(lm: ModelAdapter, probes: Sequence[Probe]) -> pd.DataFrame:
     Columns: metric, prompt, accept, reject, success (by first token, step 3), exact, p_accept and p_reject
     (probability of the first accepted and of the rejected object's telling token), said (the most likely token).
     """
-    reads = [_Read.of(lm, probe.prompt, probe.accept, probe.reject) for probe in probes]
+    reads = [Read.of(lm, probe.prompt, probe.accept, probe.reject) for probe in probes]
     found = _distributions(lm, reads)
     rows = []
     for probe, read in zip(probes, reads, strict=True):
@@ -170,13 +182,13 @@ def ask(lm: ModelAdapter, probes: Sequence[Probe]) -> pd.DataFrame:
 def baseline(lm: ModelAdapter, probes: Sequence[Probe]) -> Base:
     """The unedited model's answers, and which probes count by them. Call it without any change applied."""
     answers = ask(lm, probes)
-    asked = list(dict.fromkeys(probe.given for probe in probes if probe.given is not None))
-    reads = [_Read.of(lm, question.prompt, question.accept, None) for question in asked]
+    asked = list(dict.fromkeys(question for probe in probes for question in probe.conditions))
+    reads = [Read.of(lm, question.prompt, question.accept, None) for question in asked]
     found = _distributions(lm, reads)
     knows = {question: read.begun(found) for question, read in zip(asked, reads, strict=True)}
     return Base(
         tuple(
-            bool(answers["success"].iloc[i]) if probe.metric == "Spec" else probe.given is None or knows[probe.given]
+            bool(answers["success"].iloc[i]) if probe.metric == "Spec" else all(knows[one] for one in probe.conditions)
             for i, probe in enumerate(probes)
         ),
         answers,
@@ -242,56 +254,30 @@ def _doubts(request: EditRequest, old: str | None) -> Iterator[Probe]:
             yield Probe("DII" if names else "DI", f"{said}{doubt}{request.prompt}", (request.target_new,), old)
 
 
-def _same_subject(fact: facts.Fact) -> Iterator[Probe]:
-    """RS. Left out: relations that the edit speaks of too (a landmark's city and its country)."""
-    relations = facts.load().relations
-    through = relations[fact.relation].derived
-    for other in facts.siblings(fact):
-        derived = relations[other.relation].derived
-        bound = (derived and derived[0] == fact.relation) or (through and through[0] == other.relation)
-        if not bound:
-            accept = _names(other.object)
-            for form in other.templates_held_out:
-                yield Probe("RS", other.prompt(form), accept, None, Question(other.prompt(form), accept))
+def _of_tests(tests: Sequence[AxisTest], chains: Sequence[Chain], new: str, old: str | None) -> Iterator[Probe]:
+    """RS, CI, CII and SA. What they compete with: in CII and SA the original object, in CI the chain's old answer."""
+    before = {prompt: chain.answers[0] for chain in chains for prompt in chain.questions if chain.answers}
+    for test in tests:
+        query = test.queries[0]
+        accept = _accepted(query)
+        if test.axis not in METRICS or not accept:
+            continue
+        given = [Question(one.prompt, _accepted(one)) for one in test.conditions if one.answers]
+        reject = None
+        if test.axis == "RS":
+            given = given or [Question(query.prompt, accept)]
+        elif test.axis == "CI":
+            reject = before.get(query.prompt)
+        elif new in accept:
+            reject = old
+        if reject in accept:
+            reject = None
+        yield Probe(test.axis, query.prompt, accept, reject, given[0] if given else None, tuple(given[1:]))
 
 
-def _through(fact: facts.Fact, new: str) -> Iterator[Probe]:
-    """CI: two hops whose first is the edited fact, where the new object leads elsewhere."""
-    known = facts.load().by_key
-    for hop in facts.hops():
-        if (hop.subject, hop.first) == (fact.subject, fact.relation) and (new, hop.second) in known:
-            then = known[new, hop.second]
-            if then.object != hop.answer:
-                accept = _names(then.object)
-                given = Question(then.prompt(_form(then)), accept)
-                for form in hop.templates_judge:
-                    yield Probe("CI", hop.prompt(form), accept, hop.answer, given)
-
-
-def _towards(fact: facts.Fact, new: str) -> Iterator[Probe]:
-    """CII: two hops whose second is the edited fact."""
-    for hop in facts.hops():
-        if (hop.bridge, hop.second) == (fact.subject, fact.relation):
-            first = facts.find(hop.subject, hop.first)
-            given = Question(first.prompt(_form(first)), _names(hop.bridge))
-            for form in hop.templates_judge:
-                yield Probe("CII", hop.prompt(form), (new,), fact.object, given)
-
-
-def _other_names(fact: facts.Fact, request: EditRequest) -> Iterator[Probe]:
-    """SA."""
-    for alias in facts.load().aliases.get(fact.subject, ()):
-        prompt = facts.fill(request.template, alias)
-        yield Probe("SA", prompt, (request.target_new,), fact.object, Question(prompt, _names(fact.object)))
-
-
-def _form(fact: facts.Fact) -> str:
-    """One trained template, chosen by the fact alone."""
-    return min(fact.templates_edit, key=lambda form: facts.unit_hash(fact.subject, fact.relation, form, "probe"))
-
-
-def _names(name: str) -> tuple[str, ...]:
-    return (name, *facts.load().aliases.get(name, ()))
+def _accepted(query: Query) -> tuple[str, ...]:
+    """Every name of every answer."""
+    return tuple(dict.fromkeys(name for names in query.answers for name in names))
 
 
 # Reading the model ---------------------------------------------------------------------------------------------------
@@ -300,14 +286,15 @@ _COLUMNS = ["metric", "prompt", "accept", "reject", "success", "exact", "p_accep
 
 
 @dataclass(frozen=True, slots=True)
-class _Read:
+class Read:
     """A prompt with its objects as token rows."""
 
     accept: tuple[tokens.Row, ...]
     reject: tokens.Row | None
 
     @classmethod
-    def of(cls, lm: ModelAdapter, prompt: str, accept: Sequence[str], reject: str | None) -> _Read:
+    def of(cls, lm: ModelAdapter, prompt: str, accept: Sequence[str], reject: str | None) -> Read:
+        """Objects without leading space. Raises BadInput on a prompt or object that the model can't read."""
         rows = tuple(tokens.with_target(lm.tokenizer, prompt, text) for text in accept)
         return cls(rows, None if reject is None else tokens.with_target(lm.tokenizer, prompt, reject))
 
@@ -353,7 +340,7 @@ def _at(row: tokens.Row, i: int) -> Context:
     return Context(row.ids[: row.target_start + i], row.target_start)
 
 
-def _distributions(lm: ModelAdapter, reads: Sequence[_Read]) -> dict[Context, NextToken]:
+def _distributions(lm: ModelAdapter, reads: Sequence[Read]) -> dict[Context, NextToken]:
     wanted: dict[Context, list[int]] = defaultdict(list)
     for read in reads:
         for context, token in read.wanted():
