@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def markdown(folder: Path) -> str:
 
 
 def _command(plan: Mapping[str, Any]) -> str:
-    return str(plan.get("command", "")).strip()
+    return shlex.join(plan["command"])
 
 
 def _table(protocol: str, rows: Sequence[Row]) -> list[str]:

@@ -1,6 +1,6 @@
 """Draw the pictures of docs/attribution.md from a real edit: python docs/pictures.py [FOLDER].
 
-Needs vl-convert-python (requirements-dev.txt). The edit is that of the example card that works.
+Needs vl-convert-python (requirements.txt). The edit is that of the example card that works.
 """
 
 # ruff: noqa: T201

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mega_core.commands import catalogue, contrast, edit, mask, stack, upkeep, verify
+from mega_core.commands import bench, catalogue, contrast, edit, mask, stack, upkeep, verify
 from mega_core.commands.common import Parser, one_line
 from mega_core.errors import (
     ActionableError,
@@ -59,6 +59,7 @@ def build_parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     catalogue.add(commands)
     edit.add(commands)
+    bench.add(commands)
     contrast.add(commands)
     verify.add(commands)
     mask.add(commands)

@@ -65,6 +65,8 @@ def _contract(name: str, keys: str, values: str) -> tuple[str, Contract]:
 #   effect of `controls` equal-size random sets. layer is the lowest; size counts cells; before and after the change.
 # weight_change: norms are Frobenius; relative_norm is against the unedited matrix.
 # weight_spectrum: singular values, greatest first, of the change and of the unedited matrix.
+# hops, chains, chain_sizes: see evaluation/multihop; `case` is the dataset's own name, chains and hops count from 1; 0
+#   hops or edits: any number.
 # over_attention, attention_link, attention_failures: see attribution/attention_drift; mass on the subject, change =
 #   after - before.
 CONTRACTS: Mapping[str, Contract] = MappingProxyType(
@@ -173,6 +175,13 @@ CONTRACTS: Mapping[str, Contract] = MappingProxyType(
             ),
             _contract("attention_link", "case:int prompt_kind prompt", "change:float top:float failed:bool"),
             _contract("attention_failures", "measure statistic", "value:float low:float high:float n:int"),
+            _contract("hops", "case chain:int hop:int", "prompt expected said recalled:bool"),
+            _contract(
+                "chains",
+                "case chain:int",
+                "hops:int edits:int recalled:int answered:bool strict:bool old_answer:bool known:bool broke_at",
+            ),
+            _contract("chain_sizes", "hops:int edits:int metric", "value:float n:int"),
         )
     )
 )

@@ -1,7 +1,7 @@
 """One round of questions for many protocols: everything they want to know of a model, asked together.
 
-1. Each protocol says what it wants: next-token distributions at contexts, and greedy continuations of prompts
-   (`Wanted`). The same context or prompt wanted twice is asked once.
+1. Each protocol says what it wants: next-token distributions at contexts, greedy continuations of prompts, and sampled
+   ones (`Wanted`). The same context or prompt wanted twice is asked once.
 2. `ask` runs the batches that answer all of it (`Told`).
 3. Each protocol reads its numbers off the answers. What is read needs no model.
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mega_core.events import Reporter, silent, stage
@@ -26,6 +26,8 @@ VERSION = 1
 """Part of the key of everything that is asked; raise it when the numbers are made otherwise."""
 NEW_TOKENS = 32
 """Longest greedy continuation; it ends before with the end of text (ours; RippleEdits reads about 30)."""
+SAMPLED_TOKENS, SAMPLED_FROM = 100, 5
+"""Longest sampled text, its prompt included, and from how many of the most likely tokens it is drawn (as ROME)."""
 
 
 class Wanted:
@@ -38,6 +40,8 @@ class Wanted:
         """Context -> how many of the most likely ids are wanted there."""
         self.texts: dict[str, None] = {}
         """Prompts to continue, in the order they were asked for."""
+        self.samples: dict[tuple[str, int], None] = {}
+        """(prompt, seed) to continue by sampling."""
 
     def next(self, context: Context, ids: Sequence[int] = (), likeliest: int = 0) -> None:
         """The distribution at a context: of these ids, and of the most likely ones."""
@@ -54,6 +58,10 @@ class Wanted:
         """The greedy continuation of a prompt."""
         self.texts[prompt] = None
 
+    def sample(self, prompt: str, seed: int) -> None:
+        """A sampled continuation of a prompt; another seed, another one."""
+        self.samples[prompt, seed] = None
+
 
 @dataclass(frozen=True)
 class Told:
@@ -66,6 +74,8 @@ class Told:
     """Of a fixed text, where whoever asked has measured it."""
     raised: tuple[str, ...] | None = None
     """The alarms that the change raised, where whoever asked has looked; a sentence each."""
+    samples: Mapping[tuple[str, int], str] = field(default_factory=dict)
+    """(prompt, seed) -> its sampled continuation, without the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +129,8 @@ def ask(lm: ModelAdapter, wanted: Wanted, report: Reporter = silent) -> Told:
         by_count[count][context] = tuple(wanted.tokens[context])
     for count, contexts in by_count.items():
         found |= looks.distributions(lm, contexts, top=count, report=report, ranks=False)
-    return Told(found, continuations(lm, tuple(wanted.texts), report))
+    texts = continuations(lm, tuple(wanted.texts), report)
+    return Told(found, texts, samples=samples(lm, tuple(wanted.samples), report) if wanted.samples else {})
 
 
 def continuations(lm: ModelAdapter, prompts: Sequence[str], report: Reporter = silent) -> dict[str, str]:
@@ -132,6 +143,31 @@ def continuations(lm: ModelAdapter, prompts: Sequence[str], report: Reporter = s
     with stage(report, "texts", total=len(chunks)) as step:
         for chunk in chunks:
             texts.update(zip(chunk, lm.generate(chunk, NEW_TOKENS), strict=True))
+            step()
+    return texts
+
+
+def samples(
+    lm: ModelAdapter, asked: Sequence[tuple[str, int]], report: Reporter = silent
+) -> dict[tuple[str, int], str]:
+    """(prompt, seed) -> a continuation drawn from the SAMPLED_FROM most likely tokens, to SAMPLED_TOKENS in total.
+
+    The random numbers of a text depend on its prompt and seed only, not on what is asked for beside it.
+    """
+    from mega_core.evaluation import sampling
+    from mega_core.evaluation.looks import ROWS_GENERATED_AT_ONCE
+    from mega_core.models import tokens
+
+    room = {prompt: SAMPLED_TOKENS - len(tokens.prompt_ids(lm.tokenizer, prompt)) for prompt, _ in asked}
+    listed = sorted(asked, key=lambda one: -room[one[0]])
+    chunks = [listed[i : i + ROWS_GENERATED_AT_ONCE] for i in range(0, len(listed), ROWS_GENERATED_AT_ONCE)]
+    texts: dict[tuple[str, int], str] = {}
+    with stage(report, "samples", total=len(chunks)) as step:
+        for chunk in chunks:
+            prompts = [prompt for prompt, _ in chunk]
+            choosers = [sampling.TopK(SAMPLED_FROM, room[prompt], prompt, seed) for prompt, seed in chunk]
+            longest = max(0, *(room[prompt] for prompt in prompts))
+            texts.update(zip(chunk, lm.generate(prompts, longest, choosers), strict=True))
             step()
     return texts
 
@@ -155,6 +191,9 @@ class Row:
     """False: asked and shown, but left out of the numbers, because a condition does not hold."""
     group: int = 0
     """Rows of a metric that count together, where its `combine` is "all" or "any"."""
+    eligible: bool = True
+    """False: the unedited model fails its condition, so that no method could make it count. A metric of which a case
+    has only such rows is not asked about there."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,8 @@
    0 and 1, where the usual interval has no width.
 2. Anything else (shares within a record, magnitudes, numbers made of several means): cases are drawn anew with
    replacement, 1,000 times from a fixed seed, and the middle 95 % of the draws is the interval (Efron 1979).
+3. Cases that are all alike give draws without width. A share has Wilson's interval then, as if it were counted over as
+   many cases (ours): three cases that agree are not certainty.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def of_mean(values: Sequence[float], share: bool, draws: int = 1000, seed: int =
     if share and all(value in (0.0, 1.0) for value in values):
         return wilson(sum(values), len(values))
     array = np.asarray(values, dtype=np.float64)
-    return _middle(array[_draws(len(array), draws, seed)].mean(axis=1))
+    low, high = _middle(array[_draws(len(array), draws, seed)].mean(axis=1))
+    return _widened(float(array.mean()), low, high, len(array)) if share else (low, high)
 
 
 def of_derived(
@@ -52,6 +55,7 @@ def of_derived(
     combine: Callable[[Sequence[float]], float],
     draws: int = 1000,
     seed: int = 0,
+    share: bool = False,
 ) -> Interval | None:
     """A number made of means, one per column; a draw takes whole cases, so that a case's numbers stay together.
 
@@ -59,7 +63,7 @@ def of_derived(
     any number. None when a column has none and nothing stands for it.
     """
     table = np.array([[np.nan if value is None else value for value in column] for column in columns], dtype=np.float64)
-    missing: list[bool] = np.isnan(table).all(axis=1).tolist()
+    missing = [bool(np.isnan(column).all()) for column in table]
     if any(gone and stand is None for gone, stand in zip(missing, empty, strict=True)):
         return None
     stands = np.array([np.nan if stand is None else stand for stand in empty], dtype=np.float64)
@@ -69,10 +73,18 @@ def of_derived(
         counts = there.sum(axis=1)
         sums = np.where(there, rows, 0.0).sum(axis=1)
         means = np.where(counts > 0, sums / np.maximum(counts, 1), stands)
-        return combine([float(mean) for mean in means if not np.isnan(mean)])
+        found = [float(mean) for mean in means if not np.isnan(mean)]
+        return combine(found) if found else np.nan
 
     drawn = np.array([made(table[:, rows]) for rows in _draws(table.shape[1], draws, seed)])
-    return Interval(made(table), *_middle(drawn))
+    value, some = made(table), drawn[~np.isnan(drawn)]  # a draw may hold no case that counts
+    low, high = _middle(some) if len(some) else (value, value)
+    return Interval(value, *(_widened(value, low, high, table.shape[1]) if share else (low, high)))
+
+
+# 3.
+def _widened(value: float, low: float, high: float, n: int) -> tuple[float, float]:
+    return wilson(min(max(value, 0.0), 1.0) * n, n) if high - low < 1e-12 else (low, high)
 
 
 def _draws(n: int, draws: int, seed: int) -> NDArray[np.int64]:

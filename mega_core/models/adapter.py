@@ -52,6 +52,10 @@ class Reader(Protocol):
         ...
 
 
+Chooser = Callable[[Float[Tensor, " vocab"]], int | None]
+"""From the logits after a text to the id of its next token; None ends the text."""
+
+
 class _Block(NamedTuple):
     block: nn.Module
     attn: nn.Module
@@ -272,8 +276,12 @@ class ModelAdapter:
         hidden = self._whole_trunk(batch)  # (batch, pos, d_model)
         return self._to_head(hidden[rows.to(hidden.device), positions.to(hidden.device)])
 
-    def generate(self, prompts: Sequence[str], max_new_tokens: int = 24) -> list[str]:
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int = 24, choosers: Sequence[Chooser] | None = None
+    ) -> list[str]:
         """Greedy continuations without their prompts, until end of text or `max_new_tokens`; hooks apply at every step.
+
+        `choosers`, one per prompt, choose the next tokens instead; each is asked until its own text has ended.
 
         Rows are padded on the right and new tokens get the positions that follow their own row, so a hook that counts
         positions finds them where forward() has them. `past` tells a hook whether it sees the prompt (0) or a new one.
@@ -282,9 +290,11 @@ class ModelAdapter:
         window = getattr(self.model.config, "sliding_window", None)
         if len(batch) > 1 and window and batch.ids.shape[1] + max_new_tokens > window:
             # A sliding window counts the padding between a short prompt and its new tokens; alone there is none.
-            return [text for prompt in prompts for text in self.generate([prompt], max_new_tokens)]
+            alone = [None] * len(prompts) if choosers is None else [[chooser] for chooser in choosers]
+            pairs = zip(prompts, alone, strict=True)
+            return [text for prompt, own in pairs for text in self.generate([prompt], max_new_tokens, own)]
         with torch.no_grad():
-            new = self._greedy(batch, max_new_tokens)
+            new = self._greedy(batch, max_new_tokens, choosers)
         return [tokens.continuation(self.tokenizer, row, ids) for row, ids in zip(batch.rows(), new, strict=True)]
 
     @contextmanager
@@ -410,7 +420,7 @@ class ModelAdapter:
     def _to_head(self, hidden: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         return self.head(hidden.to(self.head_weight.device))
 
-    def _greedy(self, batch: TokenBatch, steps: int) -> list[list[int]]:
+    def _greedy(self, batch: TokenBatch, steps: int, choosers: Sequence[Chooser] | None = None) -> list[list[int]]:
         from transformers import DynamicCache
 
         for reader in self.readers:
@@ -437,14 +447,19 @@ class ModelAdapter:
                         past_key_values=cache,
                         use_cache=True,
                     ).last_hidden_state
-                best = self._to_head(hidden[rows, at]).argmax(-1)  # (batch,)
-                for row, token in enumerate(best.tolist()):
-                    going[row] = going[row] and token not in ends
-                    if going[row]:
-                        new[row].append(token)
+                logits = self._to_head(hidden[rows, at])  # (batch, vocab)
+                best = logits.argmax(-1).tolist()
+                for row in range(len(best)):
+                    chosen: int | None = best[row]
+                    if choosers is not None and going[row]:
+                        chosen = choosers[row](logits[row])
+                    going[row] = going[row] and chosen is not None and chosen not in ends
+                    if going[row] and chosen is not None:
+                        new[row].append(chosen)
+                        best[row] = chosen
                 if not any(going):
                     break
-                ids = best[:, None].to(batch.ids.device)
+                ids = torch.tensor(best, device=batch.ids.device)[:, None]
                 for reader in self.readers:
                     reader.advance(ids[:, 0])
                 positions = (batch.last + 1 + step)[:, None]

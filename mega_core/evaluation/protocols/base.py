@@ -116,7 +116,7 @@ def score(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[Score]:
     """The numbers of one case. A metric that nothing was asked about is absent; one that nothing counts for has n 0."""
     found = []
     for metric in metrics:
-        own = [row for row in rows if row.metric == metric.name]
+        own = [row for row in rows if row.metric == metric.name and row.eligible]
         if not own:
             continue
         counted = [row for row in own if row.counts]
@@ -154,10 +154,17 @@ def summarise(protocol: Protocol, cases: Sequence[Sequence[Score]], draws: int =
         ]
         empty = [protocol.metric(name).if_none for name in derived.of]
         asked_at_all = [any(name in case for case in table) for name in derived.of]
-        keep = [i for i, asked in enumerate(asked_at_all) if asked]
+        measured = [
+            one is not None or any(value is not None for value in column)
+            for one, column in zip(empty, columns, strict=True)
+        ]
+        keep = [i for i, both in enumerate(zip(asked_at_all, measured, strict=True)) if all(both)]
         if not keep or (len(keep) < len(derived.of) and not derived.partly):
             continue
-        one = intervals.of_derived([columns[i] for i in keep], [empty[i] for i in keep], derived.combine, draws, seed)
+        share = all(protocol.metric(name).unit == "share" for name in derived.of)
+        one = intervals.of_derived(
+            [columns[i] for i in keep], [empty[i] for i in keep], derived.combine, draws, seed, share
+        )
         if one is not None:
             found.append(Mean(derived.name, one.value, len(table), one.low, one.high))
     return found

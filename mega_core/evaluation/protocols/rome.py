@@ -60,25 +60,16 @@ class Sheet:
 
     def rows(self, told: Told, base: Told) -> list[Row]:
         """A row per prompt and metric."""
-        frame = pd.DataFrame(
-            [
-                {
-                    "prompt_kind": kind,
-                    "prompt": prompt,
-                    "expected": f"{true} over {new}" if kind == "neighbourhood" else f"{new} over {true}",
-                    "mean_logprob_new": of_new.mean_logprob(told),
-                    "mean_logprob_true": of_true.mean_logprob(told),
-                }
-                for kind, prompt, new, true, of_new, of_true in self.pairs
-            ]
-        )
         rows = []
         for metric in _OF.values():
-            chosen = frame[frame["prompt_kind"] == metric.prompt_kind]
-            values = metric.score(chosen).astype("float64")
-            for one, value in zip(chosen.itertuples(), values, strict=True):
-                said = f"{-one.mean_logprob_new:.2f} against {-one.mean_logprob_true:.2f} nats"
-                rows.append(Row(metric.name, one.prompt, one.expected, said, float(value)))
+            chosen = [pair for pair in self.pairs if pair[0] == metric.prompt_kind]
+            logprobs = [(of_new.mean_logprob(told), of_true.mean_logprob(told)) for *_, of_new, of_true in chosen]
+            frame = pd.DataFrame(logprobs, columns=["mean_logprob_new", "mean_logprob_true"], dtype="float64")
+            values = metric.score(frame).astype("float64").tolist()
+            for (kind, prompt, new, true, *_), (of_new, of_true), value in zip(chosen, logprobs, values, strict=True):
+                expected = f"{true} over {new}" if kind == "neighbourhood" else f"{new} over {true}"
+                said = f"{-of_new:.2f} against {-of_true:.2f} nats"
+                rows.append(Row(metric.name, prompt, expected, said, value))
         return rows
 
 
