@@ -30,6 +30,8 @@ VERSION = 1
 
 TOKENS_AT_ONCE = 4096
 LOGITS_AT_ONCE = 2**25
+WIDE = 48
+"""Tokens from which on a batch keeps to rows of at least half of them."""
 TOP = 10
 NEW_TOKENS = 20
 GENERATED_PROMPTS = 2
@@ -196,12 +198,17 @@ def _rows(contexts: Iterable[Context]) -> dict[Context, list[Context]]:
 
 
 def _batches(rows: Mapping[Context, list[Context]], vocab: int) -> Iterator[dict[Context, list[Context]]]:
-    """Rows of similar length together, within TOKENS_AT_ONCE and LOGITS_AT_ONCE (a single row always runs)."""
+    """Rows of similar length together, within TOKENS_AT_ONCE and LOGITS_AT_ONCE (a single row always runs).
+
+    A short row does not join a wide batch: padding it would take longer than another forward.
+    """
     batch: dict[Context, list[Context]] = {}
     width = asked = 0
     for row, contexts in rows.items():
         too_wide = max(width, len(row.ids)) * (len(batch) + 1) > TOKENS_AT_ONCE
-        if batch and (too_wide or (asked + len(contexts)) * vocab > LOGITS_AT_ONCE):
+        if batch and (
+            too_wide or (width > WIDE and 2 * len(row.ids) <= WIDE) or (asked + len(contexts)) * vocab > LOGITS_AT_ONCE
+        ):
             yield batch
             batch, width, asked = {}, 0, 0
         batch[row] = contexts

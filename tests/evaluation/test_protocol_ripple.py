@@ -9,7 +9,7 @@ from mega_core.cases import AXES, AxisTest, Case, Query
 from mega_core.changes import PromptPrefix
 from mega_core.datasets import builtin
 from mega_core.embedded import examples
-from mega_core.evaluation import asking, suite
+from mega_core.evaluation import asking, intervals, suite
 from mega_core.evaluation.asking import Told
 from mega_core.evaluation.protocols import PROTOCOLS
 from mega_core.evaluation.protocols.base import summarise
@@ -68,6 +68,8 @@ def scores(case: Case, base: dict[str, str], texts: dict[str, str]) -> dict[str,
         (" Tim", (("Tim",), ("Sue",)), False),
         (" Sue, Tim", (("Tim",), ("Sue", "Susan")), True),
         ("", (("Rome",),), False),
+        (" the Rhine", (("R", "Rhône"),), False),
+        (" R", (("R",),), True),
     ],
 )
 def test_any_name_of_every_answer(text: str, answers: tuple[tuple[str, ...], ...], expected: bool) -> None:
@@ -143,7 +145,7 @@ def test_a_failed_edit_counts_as_failed_and_its_tests_do_not() -> None:
     assert means == {"edit_success": 0.5, "CI": 1, "RS": 1, "LG": 1, "average": 1}
     # A draw of cases may hold no successful edit; the interval is made of the others.
     drawn = summarise(RIPPLE, [failed.scores, judge(CASE, BASE, GOOD).scores], draws=10)[-1]
-    assert (drawn.metric, drawn.low, drawn.high) == ("average", 1, 1)
+    assert (drawn.metric, drawn.low, drawn.high) == ("average", *intervals.wilson(2, 2))
     assert [one.metric for one in summarise(RIPPLE, [failed.scores], draws=10)] == ["edit_success"]
     # An axis that only failed edits could have leaves the average of the others alone.
     other = judge(replace(CASE, tests=(CHILDREN,)), BASE, GOOD).scores

@@ -1,7 +1,8 @@
 """RippleEdits' protocol: what follows from an edit, and what must not change (Cohen et al. 2023, arXiv 2307.12976).
 
 1. An answer is right when one of its names stands in the greedy text; of several answers each has to stand there.
-   Letters are compared as they are, and a name may be part of a longer word: as in the published code.
+   Letters are compared as they are, and a name may be part of a longer word: as in the published code. So are names of
+   one letter passed over where there are others: any text holds them.
 2. A case counts if the unedited model knows the original object after the edit prompt; one without an original object
    (a recent fact), if it does not know the new one.
 3. A test is run, and counts, if the unedited model answers all its conditions.
@@ -42,7 +43,12 @@ def says(text: str, answers: Sequence[Sequence[str]]) -> bool:
     """Whether a text gives every answer under one of its names. Raises ValueError without an answer."""
     if not answers:
         raise ValueError("a question without an answer can't be judged")
-    return all(any(name in text for name in names) for names in answers)
+    return all(any(name in text for name in _telling(names)) for names in answers)
+
+
+def _telling(names: Sequence[str]) -> Sequence[str]:
+    """The names that are longer than a letter, or a digit; all where there is none."""
+    return [name for name in names if len(name) > 1 or name.isdigit()] or names
 
 
 def right(query: Query, told: Told) -> bool:
