@@ -11,10 +11,10 @@ STREAMLIT_SERVER_ADDRESS ?= 127.0.0.1
 export STREAMLIT_SERVER_PORT STREAMLIT_SERVER_ADDRESS
 
 .DEFAULT_GOAL := help
-.PHONY: help app test check format bench bench-gpu docs clean
+.PHONY: help app test test-cluster check format bench bench-gpu docs clean
 
 help: ## list the tasks
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 app: $(VENV)/.runtime ## run the dashboard on http://127.0.0.1:8501 (STREAMLIT_SERVER_PORT changes the port)
 	$(BIN)/python -m streamlit run app.py --server.headless true
@@ -26,6 +26,9 @@ test: $(VENV)/.dev ## run every test; those that drive a browser run when chromi
 		echo "chromium is not installed: the tests that drive a browser are left out."; \
 		$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not e2e" $(PYTEST_ARGS); \
 	fi
+
+test-cluster: $(VENV)/.cluster ## run the tests that need a Ray cluster, on one of this machine; installs requirements-cluster.txt
+	$(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
 
 check: $(VENV)/.dev ## format, lint, types and the fast tests
 	$(BIN)/ruff format --check .
@@ -43,8 +46,9 @@ bench: $(VENV)/.dev ## measure speed and promises (BENCH_ARGS="--json FILE --onl
 bench-gpu: $(VENV)/.dev ## one edit of each method in the shapes of GPT-2 XL and Llama 2 7B; needs a CUDA device
 	$(BIN)/python -m bench --only gpu $(BENCH_ARGS)
 
-docs: $(VENV)/.runtime ## write docs/methods.md, the reference of all methods, from the code
+docs: $(VENV)/.runtime ## write docs/methods.md and docs/metrics.md, the references of methods and metrics, from the code
 	@$(BIN)/python -m mega_core methods --markdown > docs/.methods.md && mv docs/.methods.md docs/methods.md
+	@$(BIN)/python -c 'from mega_core.evaluation.reference import markdown as page; print(page(), end="")' > docs/.metrics.md && mv docs/.metrics.md docs/metrics.md
 
 clean: ## remove caches of the tools and the virtual environment; results in cache/ stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -62,3 +66,7 @@ $(VENV)/.runtime: requirements.txt | $(BIN)/python
 $(VENV)/.dev: requirements-dev.txt requirements.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@ $(VENV)/.runtime
+
+$(VENV)/.cluster: requirements-cluster.txt $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-cluster.txt
+	@touch $@

@@ -146,6 +146,8 @@ class _Work(Generic[Q]):
     stop: bool = False
     stopped: float = 0.0
     timed_out: bool = False
+    seconds: float | None = None
+    """Its own limit; None: that of all questions."""
 
 
 @dataclass(slots=True, eq=False)
@@ -202,9 +204,12 @@ class Jobs(Generic[Q, R]):
 
     # For the service ----------------------------------------------------------------------------------------------
 
-    def submit(self, question: Q, *, owner: str, digest: str, model: str, method: str) -> str:
+    def submit(
+        self, question: Q, *, owner: str, digest: str, model: str, method: str, timeout_seconds: float | None = None
+    ) -> str:
         """Queue a question and return the id of the job, 32 random hex characters that only its owner should know.
 
+        `timeout_seconds` is a limit of its own; None takes that of all questions, math.inf sets none.
         Raises Busy when the queue is full, when this owner has as much going on as one person may, or after close().
         The same owner asking the same digest again gets the job they have.
         """
@@ -220,6 +225,7 @@ class Jobs(Generic[Q, R]):
             self._check_owner(owner)
             if work is None:
                 work = self._enqueue(question, digest, model, method)
+                work.seconds = timeout_seconds
             elif len(work.jobs) >= self.limits.attached:
                 raise Busy("Very many people are waiting for this same answer.", "Ask again when it is there.")
             job = _Job(secrets.token_hex(16), owner, work)
@@ -409,7 +415,7 @@ class Jobs(Generic[Q, R]):
             with self._changed:
                 self._settle()
                 if work.timed_out:
-                    raise TimedOut(*self._timeout_words())
+                    raise TimedOut(*self._timeout_words(work))
                 if work.stop:
                     raise Cancelled()
                 self._note(work, event)
@@ -485,11 +491,11 @@ class Jobs(Generic[Q, R]):
         """Do what time alone brings: end the overdue, forget the old."""
         now = self._clock()
         for work in list(self._running.values()):
-            if work.started is not None and not work.stop and now - work.started > self.limits.timeout_seconds:
+            if work.started is not None and not work.stop and now - work.started > self._limit(work):
                 work.timed_out = True
                 log.warning("A job on %s with %s is overdue and is being stopped.", work.model, work.method)
                 for job in list(work.jobs):
-                    self._end(job, FAILED, JobError(*self._timeout_words(), "", TimedOut.code))
+                    self._end(job, FAILED, JobError(*self._timeout_words(work), "", TimedOut.code))
         self._forget()
 
     def _forget(self) -> None:
@@ -501,9 +507,12 @@ class Jobs(Generic[Q, R]):
             del self._over[job.id]
             self._jobs.pop(job.id, None)
 
-    def _timeout_words(self) -> tuple[str, str]:
+    def _limit(self, work: _Work) -> float:
+        return self.limits.timeout_seconds if work.seconds is None else work.seconds
+
+    def _timeout_words(self, work: _Work) -> tuple[str, str]:
         return (
-            f"This question took longer than {self.limits.timeout_seconds:g} seconds and was stopped.",
+            f"This question took longer than {self._limit(work):g} seconds and was stopped.",
             "Choose a smaller model, fewer steps or fewer views.",
         )
 

@@ -1,7 +1,8 @@
 """Everything the operator decides: folders, device, memory, limits, models. Read once, passed down, no torch.
 
 Environment: MEGA_CACHE_DIR, MEGA_DATABASE_URL, MEGA_DEVICE, MEGA_DEVICE_MAP, MEGA_MEMORY_GB, MEGA_MAX_MODELS,
-MEGA_MODELS, MEGA_MAX_QUEUE, MEGA_MAX_QUEUE_PER_SESSION, MEGA_JOB_SECONDS, MEGA_MAX_NEW_TOKENS, MEGA_STORE_GB.
+MEGA_MODELS, MEGA_MAX_QUEUE, MEGA_MAX_QUEUE_PER_SESSION, MEGA_JOB_SECONDS, MEGA_MAX_NEW_TOKENS, MEGA_STORE_GB,
+MEGA_EXECUTOR.
 
 Models come from models.toml beside this file; the TOML file named by MEGA_MODELS adds models or overrides them by name.
 """
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 
 CATALOGUE = Path(__file__).with_name("models.toml")
 DTYPE_NAMES = ("float32", "float16", "bfloat16")
+EXECUTOR_NAMES = ("local", "ray")
 Defaults = Mapping[str, Mapping[str, Scalar]]
 """Method name -> parameter -> value for one model."""
 
@@ -133,6 +135,8 @@ class Settings:
     """Longest continuation."""
     store_gb: float = 1.0
     """Size of the result store."""
+    executor: str = "local"
+    """Where the dashboard's benchmarks run: local or ray."""
     hub_cache: Path | None = None
     """Where downloaded models lie; None is the hub library's own default."""
     models: Mapping[str, ModelEntry] = field(default_factory=dict)
@@ -155,6 +159,9 @@ class Settings:
             raise BadInput(
                 "MEGA_DEVICE_MAP", f"{device_map[:40]!r} is unknown.", "Set auto, balanced, sequential or nothing."
             )
+        executor = env.get("MEGA_EXECUTOR", "").strip() or "local"
+        if executor not in EXECUTOR_NAMES:
+            raise BadInput("MEGA_EXECUTOR", f"there is no executor {executor[:40]!r}.", "Set local, ray or nothing.")
         cache_dir = Path(env.get("MEGA_CACHE_DIR", "").strip() or "cache").expanduser()
         return cls(
             cache_dir=cache_dir,
@@ -168,6 +175,7 @@ class Settings:
             job_seconds=_number(env, "MEGA_JOB_SECONDS", 1800.0),
             max_new_tokens=_count(env, "MEGA_MAX_NEW_TOKENS", 64),
             store_gb=_number(env, "MEGA_STORE_GB", 1.0),
+            executor=executor,
             hub_cache=_hub_cache(env),
             models=catalogue,
         )

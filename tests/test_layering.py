@@ -27,7 +27,6 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "pipeline",
             "stack",
             "export",
-            "benchmark",
             "executors",
             "contrast_study",
             "verify_study",
@@ -36,13 +35,16 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
             "embedded.train",
         ),
     ),
+    ("apart", ("benchmark", "benchmark_report")),
     ("apart", ("jobs",)),
     ("apart", ("service",)),
     ("apart", ("commands",)),
     ("apart", ("__main__",)),
 )
 # Training measures what it made with the methods; the rest of `embedded` is read by them.
-TOOLS = {"mega_core.embedded.train": "embedded.train", "mega_core.embedded.evaluate": "embedded.train"}
+TOOLS = dict.fromkeys(
+    ("mega_core.embedded.train", "mega_core.embedded.evaluate", "mega_core.embedded.study"), "embedded.train"
+)
 RANK = {name: rank for rank, (_, names) in enumerate(ROWS) for name in names}
 
 # Pages draw what the service hands them: plain values, the words they are written in, and their table columns.
@@ -54,6 +56,9 @@ WITHOUT_TORCH = (
     "mega_core.service",
     "mega_core.methods",
     "mega_core.attribution",
+    "mega_core.datasets",
+    "mega_core.evaluation.protocols",
+    "mega_core.benchmark",
     "mega_core.reference",
     "mega_core.commands",
     "mega_core.__main__",

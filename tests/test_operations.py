@@ -146,8 +146,8 @@ def test_what_is_installed_fits(name):
         assert packaging.SpecifierSet(bounds).contains(installed), f"{package} {installed} is outside {bounds}"
 
 
-OPTIONAL = ("requirements-lora.txt", "requirements-ike.txt")
-"""What single methods need on top; a method says so itself where it is missing."""
+OPTIONAL = ("requirements-lora.txt", "requirements-ike.txt", "requirements-cluster.txt")
+"""What single methods and the cluster need on top; each says so itself where it is missing."""
 
 
 def test_optional_packages_are_imported_where_they_are_used_only():
@@ -239,13 +239,13 @@ def test_the_check_is_format_lint_types_and_fast_tests():
         assert part in body[1]
 
 
-def test_continuous_integration_is_a_bash_script_that_ends_in_make_test():
+def test_continuous_integration_is_a_bash_script_that_ends_in_the_tests():
     script = ROOT / ".ci/run"
     assert script.stat().st_mode & 0o111
     assert script.read_text(encoding="utf-8").startswith("#!/usr/bin/env bash\n")
     subprocess.run(["bash", "-n", str(script)], check=True)
     assert "set -euo pipefail" in script.read_text(encoding="utf-8")
-    assert script.read_text(encoding="utf-8").rstrip().endswith("make test")
+    assert script.read_text(encoding="utf-8").rstrip().endswith("make test\nmake test-cluster")
     assert "chromium" in script.read_text(encoding="utf-8")
 
 

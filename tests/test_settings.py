@@ -11,7 +11,16 @@ from pathlib import Path
 import pytest
 
 from mega_core.errors import BadInput, ModelUnavailable, UnknownName
-from mega_core.settings import CATALOGUE, ModelEntry, Settings, check_folder, read_catalogue, weights_digest
+from mega_core.executors import NAMES
+from mega_core.settings import (
+    CATALOGUE,
+    EXECUTOR_NAMES,
+    ModelEntry,
+    Settings,
+    check_folder,
+    read_catalogue,
+    weights_digest,
+)
 from tests.conftest import ROOT
 
 
@@ -58,11 +67,13 @@ def test_defaults_and_environment(tmp_path: Path):
             "MEGA_DATABASE_URL": "postgresql://db/notebook",
             "MEGA_JOB_SECONDS": "60",
             "MEGA_STORE_GB": "0.5",
+            "MEGA_EXECUTOR": " ray ",
             "HF_HOME": str(tmp_path / "hf"),
         }
     )
     assert (given.cache_dir, given.device, given.device_map) == (tmp_path, "cuda:1", "auto")
     assert (given.memory_gb, given.max_models, given.job_seconds, given.store_gb) == (24.5, 3, 60.0, 0.5)
+    assert (plain.executor, given.executor) == ("local", "ray")
     assert given.database_url == "postgresql://db/notebook"
     assert given.hub_cache == tmp_path / "hf" / "hub"
 
@@ -71,6 +82,7 @@ def test_defaults_and_environment(tmp_path: Path):
     ("key", "value"),
     [
         ("MEGA_DEVICE", "tpu"),
+        ("MEGA_EXECUTOR", "slurm"),
         ("MEGA_DEVICE_MAP", "everywhere"),
         ("MEGA_MEMORY_GB", "lots"),
         ("MEGA_MEMORY_GB", "-1"),
@@ -85,6 +97,10 @@ def test_a_wrong_variable_is_named(key: str, value: str):
     with pytest.raises(BadInput) as error:
         Settings.read({key: value})
     assert key in str(error.value)
+
+
+def test_the_executors_of_the_settings_are_those_there_are():
+    assert EXECUTOR_NAMES == NAMES
 
 
 def test_settings_are_frozen():

@@ -10,7 +10,7 @@ The same plan gives the same summary.csv, byte for byte, however often it was ki
 """
 
 from mega_core.benchmark.plan import MODES, UNEDITED, Entrant, Line, Plan, Setup, controls, set_up
-from mega_core.benchmark.results import Results
+from mega_core.benchmark.results import PLAN, Results
 from mega_core.benchmark.run import run
 
-__all__ = ["MODES", "UNEDITED", "Entrant", "Line", "Plan", "Results", "Setup", "controls", "run", "set_up"]
+__all__ = ["MODES", "PLAN", "UNEDITED", "Entrant", "Line", "Plan", "Results", "Setup", "controls", "run", "set_up"]

@@ -312,7 +312,7 @@ def set_up(
     labels = [one.label for one in methods]
     if twice := [one for one in labels if labels.count(one) > 1]:
         raise BadInput("methods", f"{twice[0]} is there twice.", "Name each once.")
-    marks = tuple(digest(case)[:32] for case in asked)
+    marks = tuple(mark_of(case) for case in asked)
     plan = Plan(
         model=model,
         weights=weights,
@@ -343,6 +343,11 @@ def controls(method: Method[Any]) -> Iterator[dict[str, object]]:
         for name in knobs["control"].choices:
             if name != knobs["control"].default and not (gated and name == "always_on"):
                 yield {"control": name}
+
+
+def mark_of(case: Case) -> str:
+    """A digest of everything in a case."""
+    return digest(case)[:32]
 
 
 def extended(plan: Plan, other: Plan) -> bool:

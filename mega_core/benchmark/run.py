@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mega_core import folders
 from mega_core.benchmark import journal
 from mega_core.benchmark.journal import Journal
-from mega_core.benchmark.plan import Line, Plan, Setup, extended
-from mega_core.benchmark.results import PLAN, Results, read_about, write_about
+from mega_core.benchmark.plan import Line, Plan, Setup, extended, mark_of
+from mega_core.benchmark.results import PLAN, Results, put, read_about, write_about
+from mega_core.cases import from_plain
 from mega_core.errors import BadInput
 from mega_core.events import Advanced, Event, Reporter, Started, silent
 from mega_core.executors import STAGE as UNITS
@@ -34,6 +35,8 @@ STATE = "state"
 def check_out(out: Path, plan: Plan, resume: bool) -> None:
     """Raises BadInput unless results of this plan can go into this folder (step 1)."""
     if not (out / PLAN).is_file():
+        if (out / SETUP).is_file():
+            return
         if resume and not out.is_dir():
             raise BadInput("out", f"there are no results in {out}.", "Leave --resume out.")
         folders.check_new(out, "out")
@@ -97,6 +100,62 @@ def run(
             if write is not None:
                 write(results)
     return results
+
+
+SETUP = "setup.json"
+
+
+class Glance(NamedTuple):
+    """How far a run is, without its lines."""
+
+    plan: Plan
+    done: int
+    total: int
+    started: str
+
+
+def glance(folder: Path) -> Glance:
+    """Lines are counted, not read. Raises BadInput when the folder holds no results."""
+    if not (folder / PLAN).is_file() and (folder / SETUP).is_file():
+        plan = kept_setup(folder).plan
+        return Glance(plan, 0, sum(1 for _ in plan.expected()), "")
+    about = read_about(folder)
+    file, done = folder / journal.NAME, 0
+    if file.is_file():
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                done += block.count(b"\n")
+    total = sum(1 for _ in about["plan"].expected())
+    return Glance(about["plan"], min(done, total), total, str(about.get("started", "")))
+
+
+def keep_setup(setup: Setup, folder: Path) -> None:
+    """Plan and cases, so that a run can be gone on with when nobody has its dataset any more. Raises StoreError."""
+    folder.mkdir(exist_ok=True)
+    if not (folder / SETUP).is_file():
+        plain = {"plan": setup.plan.as_plain(), "cases": as_plain(setup.cases), **_about(setup)}
+        put(folder / SETUP, json.dumps(plain, ensure_ascii=False, allow_nan=False).encode())
+
+
+def kept_setup(folder: Path) -> Setup:
+    """What keep_setup wrote. Raises BadInput when it is not there, or damaged."""
+    try:
+        plain = json.loads((folder / SETUP).read_bytes())
+        plan, found = Plan.from_plain(plain["plan"]), tuple(from_plain(case) for case in plain["cases"])
+        if tuple(mark_of(case) for case in found) != plan.marks:
+            raise ValueError("the cases are others")
+        return Setup(
+            plan,
+            found,
+            tuple((one["line"], one["record"], one["text"]) for one in plain["problems"]),
+            tuple((one["protocol"], one["reason"], one["cases"]) for one in plain["left_out"]),
+            tuple((one["label"], one["reason"]) for one in plain["not_measured"]),
+            int(plain["apart"]),
+        )
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise BadInput(
+            "benchmark", f"{folder.name} can't be read ({type(error).__name__}).", "Start it anew."
+        ) from error
 
 
 def units_of(setup: Setup, done: set[str], state: Path | None) -> Iterator[tuple[str, str]]:

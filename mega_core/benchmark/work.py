@@ -34,7 +34,7 @@ from mega_core.errors import ActionableError, BadInput, DirtyModel
 from mega_core.evaluation.asking import Told
 from mega_core.evaluation.protocols import PROTOCOLS
 from mega_core.evaluation.suite import Judged, Questions
-from mega_core.events import Cancelled, silent
+from mega_core.events import Cancelled, Reporter, silent
 from mega_core.methods import METHODS
 from mega_core.models.adapter import ModelAdapter
 from mega_core.models.pool import ModelPool
@@ -103,7 +103,7 @@ class _Found:
 class Worker:
     """Units to lines; see `on`."""
 
-    def __init__(self, lm: ModelAdapter, plan: Plan) -> None:
+    def __init__(self, lm: ModelAdapter, plan: Plan, report: Reporter = silent) -> None:
         if lm.file_digest != plan.weights:
             raise BadInput(
                 "model",
@@ -112,6 +112,7 @@ class Worker:
             )
         self.lm = lm
         self.plan = plan
+        self.report = report
         self.device = f"{lm.device.type} ({_device_name(lm.device)})"
         self._perplexity = alarms.perplexity(lm)
         self._guard = _Guard(lm)
@@ -120,9 +121,9 @@ class Worker:
 
     @classmethod
     @contextmanager
-    def on(cls, lm: ModelAdapter, plan: Plan) -> Iterator[Worker]:
-        """A worker on a model that is held. Raises DirtyModel at the end when the model is not as it was."""
-        worker = cls(lm, plan)
+    def on(cls, lm: ModelAdapter, plan: Plan, report: Reporter = silent) -> Iterator[Worker]:
+        """A worker on a model that is held. `report` hears what methods say, and may stop them with Cancelled."""
+        worker = cls(lm, plan, report)
         try:
             yield worker
         finally:
@@ -287,7 +288,7 @@ class Worker:
         """The change, or why there is none (step 3)."""
         entry = METHODS[method.name]
         try:
-            return entry.prepare(self.lm, requests, entry.read(method), self.plan.seed, silent)
+            return entry.prepare(self.lm, requests, entry.read(method), self.plan.seed, self.report)
         except ActionableError as error:
             return str(error)
         except Cancelled:

@@ -18,7 +18,9 @@ def add(commands: argparse._SubParsersAction[Parser], words: Sequence[str]) -> N
     examples.add_argument("--seed", type=int, default=0)
     examples.set_defaults(command=_examples)
 
-    train = commands.add_parser("train", help="train an embedded model from the fact tables")
+    train = commands.add_parser(
+        "train", help="train an embedded model from the fact tables, or a study model on a dataset's facts"
+    )
     if "train" in words[:1]:
         from mega_core.embedded import train as training
 

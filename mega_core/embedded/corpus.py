@@ -220,9 +220,20 @@ class Corpus:
             "hop_override": self.hop_override,
         }
 
+    def shares(self, progress: float) -> Mapping[str, float]:
+        """Share of tokens by kind of document at a point of training."""
+        return mixture(progress)
+
+    def withheld(self, fact: Fact, value: str) -> bool:
+        """Whether no document may state this counterfactual."""
+        return tables.held_out_triple(fact.subject, fact.relation, value)
+
+    def lead(self, page: _Page) -> None:
+        """What may stand between a stated fact and a question; nothing here."""
+
     def draw(self, progress: float) -> Document:
         """The next document at this point of training."""
-        shares = mixture(progress)
+        shares = self.shares(progress)
         kinds = list(shares)
         kind = self.rng.choices(kinds, [shares[kind] / _LENGTH[kind] for kind in kinds])[0]
         return self._make[kind]()
@@ -356,9 +367,7 @@ class Corpus:
         values = self.world.objects[fact.relation]
         for _ in range(50):
             value = self.rng.choice(values)
-            if value not in (fact.object, fact.subject) and not tables.held_out_triple(
-                fact.subject, fact.relation, value
-            ):
+            if value not in (fact.object, fact.subject) and not self.withheld(fact, value):
                 return value
         return fact.object  # a relation with very few objects: state the truth
 
@@ -391,6 +400,7 @@ class Corpus:
         self._state(page, fact, value, said)
         if rng.random() < 0.15:
             page.add(self._sentence() + " ", W_CONTEXT)
+        self.lead(page)
         page.ask(asked, fact.subject, W_CONTEXT, W_NONE).answer(value, W_ANSWER)
         return page.done()
 
@@ -400,16 +410,21 @@ class Corpus:
         value = self._other(fact)
         said, asked = self._pair(fact)
         self._state(page, fact, value, said)
-        others = tables.siblings(fact)
+        others = [other for other in self.world.by_subject[fact.subject] if other.relation != fact.relation]
         if others and rng.random() < 0.4:
             query = rng.choice(others)
         else:
             query = fact
-            while query.subject == fact.subject:
+            for _ in range(200):
                 query = rng.choice(self._peers[fact.relation])
+                if query.subject != fact.subject:
+                    break
+            else:  # nobody else has this relation
+                return self.override()
         first = rng.random() < 0.3  # the changed fact first, then the unchanged one
         if first:
             page.ask(asked, fact.subject, W_CONTEXT, W_NONE).answer(value, W_ANSWER, ". ")
+        self.lead(page)
         form = rng.choice(query.trained)
         if query.subject != fact.subject and said in query.trained and rng.random() < 0.5:
             form = said  # the same words about another subject

@@ -47,10 +47,11 @@ def open_folder(folder: Path) -> ModelAdapter:
 
 
 @torch.inference_mode()
-def correct(lm: ModelAdapter, questions: Sequence[Question], rows: int = 64) -> list[bool]:
-    """Whether greedy decoding gives the whole answer: every answer token is the argmax after the tokens before it."""
+def right(lm: ModelAdapter, questions: Sequence[Question], rows: int = 64) -> list[tuple[bool, bool]]:
+    """Whether the answer's first token, and whether the whole answer, is what greedy decoding gives: every answer token
+    is the argmax after the tokens before it."""
     order = sorted(range(len(questions)), key=lambda index: len(questions[index].prompt))
-    found = [False] * len(questions)
+    found = [(False, False)] * len(questions)
     for start in range(0, len(order), rows):
         part = order[start : start + rows]
         prompts = lm.encode([questions[index].prompt for index in part])
@@ -60,8 +61,14 @@ def correct(lm: ModelAdapter, questions: Sequence[Question], rows: int = 64) -> 
         best = lm.logits_at(batch, at_row, at_pos).argmax(-1)  # (n,)
         good = best == batch.ids[at_row, at_pos + 1]
         for row, index in enumerate(part):
-            found[index] = bool(good[at_row == row].all())
+            own = good[at_row == row]
+            found[index] = (bool(own[0]), bool(own.all()))
     return found
+
+
+def correct(lm: ModelAdapter, questions: Sequence[Question], rows: int = 64) -> list[bool]:
+    """Whether greedy decoding gives the whole answer."""
+    return [whole for _, whole in right(lm, questions, rows)]
 
 
 def share(found: Sequence[bool]) -> float:
@@ -177,16 +184,22 @@ TRACES = ("hidden", "mlp", "mlp_single", "hidden_last", "attention_last")
 
 @torch.inference_mode()
 def trace(
-    lm: ModelAdapter, count: int = 100, draws: int = 3, window: int = 3, deviations: float = 3.0
+    lm: ModelAdapter,
+    count: int = 100,
+    draws: int = 3,
+    window: int = 3,
+    deviations: float = 3.0,
+    facts: Sequence[Fact] | None = None,
 ) -> dict[str, object]:
     """Mean recovered share of probability, (restored - corrupt) / (clean - corrupt) of means, per layer.
 
     ``hidden``: the block output at the subject's last token; ``mlp``: MLP outputs there in a window of layers around
     this one, clipped at the ends; ``mlp_single``: one layer; ``hidden_last``: the block output at the last token of
-    the prompt; ``attention_last``: attention outputs at the last token, same window.
+    the prompt; ``attention_last``: attention outputs at the last token, same window. ``facts`` are the tables' by
+    default.
     """
     half = window // 2
-    known = sample(tables.facts(), 6 * count, 5)
+    known = sample(tables.facts() if facts is None else facts, 6 * count, 5)
     questions = [Question(fact.prompt(fact.templates_edit[0]), fact.object) for fact in known]
     right = correct(lm, questions)
     known = [fact for fact, good in zip(known, right, strict=True) if good][:count]
@@ -257,9 +270,9 @@ def _restore(
     return put
 
 
-def without_mlp(lm: ModelAdapter, count: int = 300) -> list[float]:
+def without_mlp(lm: ModelAdapter, count: int = 300, facts: Sequence[Fact] | None = None) -> list[float]:
     """Recall on trained templates with the down-projection of one layer set to zero, per layer."""
-    known = sample(tables.facts(), count, 11)
+    known = sample(tables.facts() if facts is None else facts, count, 11)
     questions = [Question(fact.prompt(fact.templates_edit[0]), fact.object) for fact in known]
     shares = []
     for layer in range(lm.n_layers):
@@ -345,7 +358,7 @@ def measure(lm: ModelAdapter) -> dict[str, Any]:
         "perplexity_held_out_prose": perplexity(lm),
         "trace": traced,
         "recall_without_mlp_of_layer": zeroed,
-        "recall": _site(traced, zeroed, base=share_of_first(lm)),
+        "recall": site(traced, zeroed, base=share_of_first(lm)),
     }
     figures["rome"] = rewriting(lm, figures["recall"]["layer"])
     figures["short_of_target"] = {
@@ -354,13 +367,13 @@ def measure(lm: ModelAdapter) -> dict[str, Any]:
     return figures
 
 
-def share_of_first(lm: ModelAdapter, count: int = 300) -> float:
+def share_of_first(lm: ModelAdapter, count: int = 300, facts: Sequence[Fact] | None = None) -> float:
     """Recall on the facts that `without_mlp` asks, nothing removed."""
-    known = sample(tables.facts(), count, 11)
+    known = sample(tables.facts() if facts is None else facts, count, 11)
     return share(correct(lm, [Question(fact.prompt(fact.templates_edit[0]), fact.object) for fact in known]))
 
 
-def _site(traced: Mapping[str, Any], zeroed: Sequence[float], base: float) -> dict[str, Any]:
+def site(traced: Mapping[str, Any], zeroed: Sequence[float], base: float) -> dict[str, Any]:
     """Where recall sits: the best MLP window without layer 0, its best layer, how far the subject lasts."""
     inside = range(2, len(zeroed) - 1)  # centres of three-layer windows that leave layer 0 out
     centre = max(inside, key=lambda layer: traced["mlp"][layer])

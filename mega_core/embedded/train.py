@@ -25,7 +25,7 @@ import multiprocessing
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,6 +37,7 @@ from torch.nn import functional
 
 from mega_core.embedded import corpus as corpora
 from mega_core.embedded.corpus import Corpus, Document
+from mega_core.errors import BadInput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,6 +47,8 @@ log = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 VOCABULARY = 4096  # tokens, the same tokenizer for every model
 POSITIONS = 256  # tokens a model can read
+CorpusOf = Callable[[int, float], Corpus]
+"""Seed and share of absent facts -> documents."""
 END, PAD = "<|endoftext|>", "<|pad|>"
 END_ID, PAD_ID = 0, 1
 
@@ -127,8 +130,10 @@ MODELS: dict[str, Spec] = {
 # 1. tokenizer -------------------------------------------------------------------------------------------------------
 
 
-def build_tokenizer(seed: int = 0, size: int = VOCABULARY) -> PreTrainedTokenizerFast:
-    """A `PreTrainedTokenizerFast` trained on the corpus. Takes about two seconds."""
+def build_tokenizer(
+    seed: int = 0, size: int = VOCABULARY, texts: Iterable[str] | None = None
+) -> PreTrainedTokenizerFast:
+    """A `PreTrainedTokenizerFast` trained on these texts (the corpus' own by default). Takes about two seconds."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -147,7 +152,7 @@ def build_tokenizer(seed: int = 0, size: int = VOCABULARY) -> PreTrainedTokenize
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    bpe.train_from_iterator(corpora.tokenizer_texts(seed), trainer)
+    bpe.train_from_iterator(corpora.tokenizer_texts(seed) if texts is None else texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         bos_token=END,
@@ -259,9 +264,16 @@ def _encode(documents: Sequence[Document], tokenizer: PreTrainedTokenizerFast) -
     return encoded
 
 
-def batches(spec: Spec, leg: Leg, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
+def built_in(seed: int, absent: float) -> Corpus:
+    """The documents of the fact tables."""
+    return Corpus(seed, absent=absent)
+
+
+def batches(
+    spec: Spec, leg: Leg, tokenizer: PreTrainedTokenizerFast, seed: int, corpus_of: CorpusOf = built_in
+) -> Iterator[Batch]:
     """All batches of a leg; everything in them follows from the seed."""
-    corpus, rng = Corpus(seed, absent=leg.levers.absent), random.Random(seed + 1)
+    corpus, rng = corpus_of(seed, leg.levers.absent), random.Random(seed + 1)
     pending: list[_Encoded] = []
     steps, horizon = (max(1, tokens // (spec.rows * spec.row)) for tokens in (leg.tokens, leg.horizon))
     for step in range(steps):
@@ -436,6 +448,8 @@ def train_one(
     *,
     device: str = "cpu",
     seed: int = 0,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    corpus_of: CorpusOf = built_in,
     resume: tuple[int, Path] | None = None,
     watch: Callable[[Any, PreTrainedTokenizerFast, int], None] | None = None,
     watch_every: int = 0,
@@ -443,9 +457,10 @@ def train_one(
     """Train one model and save it under ``out / spec.name``.
 
     ``resume`` is (index of a leg, folder of the model as the leg before left it). ``watch(model, tokenizer, tokens)``
-    is called every so many tokens of a leg.
+    is called every so many tokens of a leg. ``tokenizer`` and ``corpus_of`` (seed, share of absent facts -> documents)
+    are those of the fact tables by default.
     """
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer() if tokenizer is None else tokenizer
     first, model = 0, build_model(spec, seed, len(tokenizer))
     if resume is not None:
         from transformers import AutoModelForCausalLM
@@ -455,7 +470,7 @@ def train_one(
     model.to(device).train()
     started = time.monotonic()
     for number, leg in list(enumerate(spec.legs))[first:]:
-        _run_leg(model, tokenizer, spec, leg, device, seed + 1000 * number, watch, watch_every)
+        _run_leg(model, tokenizer, spec, leg, device, seed + 1000 * number, watch, watch_every, corpus_of)
         for weight in model.parameters():
             weight.data = weight.data.half().float()
     folder = save(model.eval(), tokenizer, out / spec.name)
@@ -473,6 +488,7 @@ def _run_leg(
     seed: int,
     watch: Callable[[Any, PreTrainedTokenizerFast, int], None] | None,
     watch_every: int,
+    corpus_of: CorpusOf = built_in,
 ) -> None:
     """One optimizer over the batches of one leg."""
     generator = torch.Generator().manual_seed(seed + 2)
@@ -482,7 +498,7 @@ def _run_leg(
     optimizer = torch.optim.AdamW(groups, lr=leg.peak, betas=(0.9, 0.98), fused=True)
     steps = max(1, leg.horizon // (spec.rows * spec.row))
     started, mean = time.monotonic(), float("nan")
-    for step, batch in enumerate(batches(spec, leg, tokenizer, seed)):
+    for step, batch in enumerate(batches(spec, leg, tokenizer, seed, corpus_of)):
         if device != "cpu":
             batch = Batch(*(getattr(batch, name).to(device) for name in Batch.__slots__))
         for group in optimizer.param_groups:
@@ -496,7 +512,9 @@ def _run_leg(
         tokens = (step + 1) * spec.rows * spec.row
         mean = loss.item() if math.isnan(mean) else 0.98 * mean + 0.02 * loss.item()
         if step % 200 == 0:
-            log.info("%s %d tokens, loss %.3f, %.0f s", spec.name, tokens, mean, time.monotonic() - started)
+            log.info(
+                "%s %d of %d tokens, loss %.3f, %.0f s", spec.name, tokens, leg.tokens, mean, time.monotonic() - started
+            )
         if watch is not None and watch_every and (step + 1) % max(1, watch_every // (spec.rows * spec.row)) == 0:
             model.eval()
             watch(model, tokenizer, tokens)
@@ -569,11 +587,29 @@ def find(name: str) -> Spec:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m mega_core train``."""
     parser.add_argument("--model", action="append", choices=sorted(MODELS), help="train this model only (repeatable)")
-    parser.add_argument("--out", type=Path, default=WEIGHTS, help="folder that gets one folder per model")
+    parser.add_argument(
+        "--facts",
+        type=Path,
+        metavar="FILE",
+        help="train a study model on the true facts of this file instead: CounterFact (full or EasyEdit's flat form), "
+        "or facts with their templates",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="folder that gets one folder per model (default: where they ship); with --facts the model's own folder",
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default, one thread per model) or cuda")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and corpus")
     parser.add_argument(
         "--tokens", type=int, default=None, help="token positions to train, instead of the full schedule"
+    )
+    parser.add_argument("--name", default="", help="with --facts: the model's name (default: study- and the folder's)")
+    parser.add_argument(
+        "--source",
+        default="",
+        metavar="TEXT",
+        help="with --facts: where they come from and their licence, for the card",
     )
     parser.add_argument(
         "--evaluate", action="store_true", help="only measure the models in --out and rewrite their cards"
@@ -581,16 +617,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train or measure, then print the figures."""
+    """Train or measure, then print the figures. Raises BadInput where options don't go together."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if args.facts is not None:
+        return _study(args)
+    for option in ("name", "source"):
+        if getattr(args, option):
+            raise BadInput(option, "goes with --facts.", "Leave it out, or name a file of facts.")
     from mega_core.embedded import evaluate as evaluation
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     names = args.model or list(MODELS)
+    out = args.out or WEIGHTS
     if args.evaluate:
-        results = [evaluation.write(args.out / name) for name in names]
+        results = [evaluation.write(out / name) for name in names]
     else:
-        folders = train(names, args.out, args.device, seed=args.seed, tokens=args.tokens)
+        folders = train(names, out, args.device, seed=args.seed, tokens=args.tokens)
         results = [json.loads((folder / "evaluation.json").read_text(encoding="utf-8")) for folder in folders]
     for figures in results:
         sys.stdout.write(evaluation.table(figures) + "\n\n")
+    return 0
+
+
+def _study(args: argparse.Namespace) -> int:
+    from mega_core.embedded import study
+
+    if args.model:
+        raise BadInput("model", "names an embedded model; --facts makes another one.", "Leave out one of the two.")
+    if args.out is None:
+        raise BadInput("out", "is missing.", "Name the folder of the model: --out DIR.")
+    figures = study.make(
+        args.facts,
+        args.out,
+        device=args.device,
+        seed=args.seed,
+        tokens=args.tokens,
+        name=args.name,
+        source=args.source,
+        only_measure=args.evaluate,
+    )
+    sys.stdout.write(study.table(figures) + "\n")
+    sys.stdout.write(f"Use it: MEGA_MODELS={args.out / 'models.toml'}, model {figures['model']}\n")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 import random
 import threading
 import time
@@ -313,6 +314,22 @@ def test_a_run_that_reports_stops_at_its_timeout() -> None:
         assert "0.2 seconds" in view.error.what
         assert 0.2 <= view.seconds < 2
         until(lambda: jobs.load() == (0, 0), 1.0)
+
+
+def test_a_question_may_have_a_limit_of_its_own_or_none() -> None:
+    gate = Gate()
+    with jobs_of(gate, timeout_seconds=0.1) as jobs:
+        job = jobs.submit(Ask("q"), owner="amy", digest="q", model="m", method="toy", timeout_seconds=math.inf)
+        time.sleep(0.3)
+        assert jobs.snapshot(job).state == "running"
+        gate.open.set()
+        assert jobs.wait(job, 5).state == "done"
+    with jobs_of(Gate()) as jobs:
+        job = jobs.submit(Ask("q"), owner="amy", digest="q", model="m", method="toy", timeout_seconds=0.2)
+        view = jobs.wait(job, 3)
+        assert view.error is not None
+        assert view.error.code == "timed_out"
+        assert "0.2 seconds" in view.error.what
 
 
 def test_a_run_that_is_silent_is_seen_to_time_out_too() -> None:

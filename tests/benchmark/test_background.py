@@ -1,0 +1,124 @@
+"""Benchmarks that outlast the browser: started through the service, stopped, listed, gone on with after a restart."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mega_core.benchmark import plan as plans
+from mega_core.errors import BadInput
+from mega_core.evaluation import asking
+from mega_core.methods import METHODS
+from mega_core.service import Service
+from mega_core.settings import Settings
+from tests.cli.test_bench import record
+from tests.service.toy import TOY, write_catalogue
+
+
+@pytest.fixture(scope="session")
+def catalogue(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_catalogue(tmp_path_factory.mktemp("models"), little="gpt2")
+
+
+@pytest.fixture(autouse=True)
+def _tiny(catalogue: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(METHODS, "_entries", {"toy": TOY})
+    monkeypatch.setattr(asking, "NEW_TOKENS", 2)
+    monkeypatch.setattr(plans, "BESIDE", "")
+    monkeypatch.setenv("MEGA_MODELS", str(catalogue))
+    monkeypatch.setenv("MEGA_DEVICE", "cpu")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "facts.json").write_text(json.dumps([record(i, name) for i, name in enumerate(("France", "Spain"))]))
+
+
+@pytest.fixture
+def opened() -> Iterator[Callable[[], Service]]:
+    services: list[Service] = []
+
+    def open_one() -> Service:
+        for old in services:
+            old.close()
+        services.append(Service.open(Settings.read()))
+        return services[-1]
+
+    yield open_one
+    services[-1].close()
+
+
+def until(true: Callable[[], bool], seconds: float = 180.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come about"
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_benchmark_in_the_background_has_no_time_limit_and_goes_on_after_a_restart(opened, tmp_path, monkeypatch):
+    monkeypatch.setenv("MEGA_JOB_SECONDS", "1")
+    service = opened()
+    slow = {"toy": {"sleep": 0.4}}  # 2 s an edit, twice the limit of a question
+    setup = service.benchmark_plan("little", ["toy"], "facts.json", protocols=["rome"], params=slow)
+    name = service.start_benchmark(setup)
+    assert service.start_benchmark(setup) == name  # the same one
+    until(lambda: service.benchmarks()[0].done >= 3)
+    (one,) = service.benchmarks()
+    assert (one.name, one.total, one.state) == (name, 4, "running")
+    (tmp_path / "facts.json").unlink()  # an upload is gone, too
+    service = opened()
+    (one,) = service.benchmarks()
+    assert (one.done, one.total, one.state) == (3, 4, "stopped")
+    assert len(service.benchmark_of(name).lines) == 3
+    assert service.resume_benchmark(name) == name
+    until(lambda: service.benchmarks()[0].state == "done")
+    assert service.benchmark_of(name).complete
+    assert (service.benchmarks()[0].folder / "report.html").is_file()
+
+
+def test_others_get_the_model_between_two_cases(opened):
+    service = opened()
+    slow = {"toy": {"sleep": 0.1}}
+    name = service.start_benchmark(
+        service.benchmark_plan("little", ["toy"], "facts.json", protocols=["rome"], params=slow)
+    )
+    until(lambda: service.benchmarks()[0].state == "running")
+    job = service.ask("little", "The capital of France is", "amy")
+    assert service.wait(job, 60).state == "done"
+    service.stop_benchmark(name)
+    until(lambda: service.benchmarks()[0].state in ("stopped", "done"))
+    service.stop_benchmark("no such name")
+
+
+def test_a_failure_is_told(opened, monkeypatch):
+    def prepare(lm, requests, params, seed, report):
+        lm.changes.append("something")
+        return TOY.prepare(lm, requests, params, seed, report)
+
+    monkeypatch.setattr(METHODS, "_entries", {"toy": replace(TOY, prepare=prepare)})
+    service = opened()
+    service.start_benchmark(service.benchmark_plan("little", ["toy"], "facts.json", protocols=["rome"]))
+    until(lambda: service.benchmarks()[0].state == "failed")
+    assert "a change was left" in service.benchmarks()[0].error
+
+
+def test_names_that_are_none_and_damaged_folders_are_refused(opened):
+    service = opened()
+    assert service.benchmarks() == ()
+    for name in ("../results", "", "0" * 32):
+        with pytest.raises(BadInput):
+            service.benchmark_of(name)
+        with pytest.raises(BadInput):
+            service.resume_benchmark(name)
+    name = service.start_benchmark(service.benchmark_plan("little", ["toy"], "facts.json", protocols=["rome"]))
+    until(lambda: service.benchmarks()[0].state == "done")
+    folder = service.benchmarks()[0].folder
+    text = (folder / "setup.json").read_text().replace("France", "Norway")
+    (folder / "setup.json").write_text(text)
+    with pytest.raises(BadInput, match="can't be read"):
+        service.resume_benchmark(name)
+    (folder / "plan.json").write_text("{}")
+    assert service.benchmarks() == ()
