@@ -62,8 +62,12 @@ FEWEST_TOKENS = 600_000
 MOST_TOKENS = 2_000_000_000
 LIKE = "atlas-gpt2"
 """The embedded model whose method defaults a study model starts from: it is built in the same way."""
-DEFAULTS: Mapping[str, Mapping[str, str | int | float | bool]] = {}
-"""Method -> parameters that measured better here than those of LIKE."""
+DEFAULTS: Mapping[str, Mapping[str, str | int | float | bool]] = {
+    "mega": {"target": "contexts"},
+    "mean_shift": {"target": "contexts"},
+}
+"""Method -> parameters that measured better here than those of LIKE. Where the model does not follow a statement in
+context, "auto" asks the fact tables, which know none of these subjects, and refuses the edit."""
 CARD_NOTE = "A study model: its numbers say nothing about large models."
 
 
