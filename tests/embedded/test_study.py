@@ -292,7 +292,8 @@ def test_from_a_file_to_a_model_that_can_be_opened(
     assert "say nothing about large models" in card
     entry = read_catalogue(out / "models.toml")["study-little-one"]
     assert entry.locate() == out
-    assert entry.defaults["rome"]["layer"] == 2
+    assert entry.defaults["rome"]["layer"] == study.DEFAULTS["rome"]["layer"]
+    assert entry.defaults["ft"]["layers"] == "2"  # as the model it is built like
     lm = evaluate.open_folder(entry.locate())
     assert len(judge(lm, read(facts))) > 100
     assert not list(out.glob("*.bin"))
