@@ -189,7 +189,8 @@ class Worker:
                 found = self._base(asked, change)
             else:
                 with change.applied(self.lm):
-                    found = self._under(asked, *self._signs(change, case.requests))
+                    signs = self._signs(change, case.requests)
+                    found = self._base(asked, signs) if isinstance(signs, str) else self._under(asked, *signs)
             del change
             yield self._line(unit, label, index, len(case.requests), found, ready - start, perf_counter() - ready)
 
@@ -205,7 +206,9 @@ class Worker:
             yield from self._lines(unit, label, step, asked, None, change or "", share)
             return
         with change.applied(self.lm):
-            yield from self._lines(unit, label, step, asked, self._signs(change, requests), "", share)
+            signs = self._signs(change, requests)
+            why, seen = (signs, None) if isinstance(signs, str) else ("", signs)
+            yield from self._lines(unit, label, step, asked, seen, why, share)
 
     def _sequential(self, unit: _Unit) -> Generator[Line, None, None]:
         (label,), plan = unit.labels, self.plan
@@ -231,7 +234,8 @@ class Worker:
                 with edited.others_applied():
                     requests = [r for case in unit.cases[:count] for r in case.requests]
                     signs = self._signs(edited, requests)
-                    for line in self._lines(unit, label, step, asked, signs, "", 0.0, count, edited):
+                    why, seen = (signs, None) if isinstance(signs, str) else ("", signs)
+                    for line in self._lines(unit, label, step, asked, seen, why, 0.0, count, edited):
                         edited.collapsed |= COLLAPSED in line.alarms
                         yield line
                 if edited.collapsed:
@@ -300,9 +304,13 @@ class Worker:
             log.exception("%s failed on %r", method.name, requests[0].prompt[:80])
             return f"It failed ({type(error).__name__}: {str(error)[:200]})."
 
-    def _signs(self, change: Any, requests: Sequence[EditRequest]) -> tuple[float, tuple[str, ...]]:
-        """Perplexity now, and the alarms that the change raises."""
-        after = alarms.perplexity(self.lm)
+    def _signs(self, change: Any, requests: Sequence[EditRequest]) -> tuple[float, tuple[str, ...]] | str:
+        """Perplexity now, and the alarms that the change raises; or why the model can't read anything now: many facts
+        stated in front of every prompt leave no room for it."""
+        try:
+            after = alarms.perplexity(self.lm)
+        except BadInput as error:
+            return str(error)
         found = alarms.alarms(self.lm, change, requests, before=self._perplexity, after=after)
         return after, tuple(sign.text for sign in found if sign.raised)
 

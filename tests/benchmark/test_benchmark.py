@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from mega_core import benchmark
-from mega_core.benchmark import Entrant, Line, Plan, Results, Setup
+from mega_core.benchmark import Entrant, Line, Plan, Results, Setup, work
 from mega_core.benchmark import plan as plans
 from mega_core.benchmark.journal import Journal
 from mega_core.benchmark.journal import read as read_journal
@@ -182,6 +182,26 @@ def test_a_refused_edit_is_scored_as_the_unedited_model_and_says_why(gpt2, tmp_p
         assert not lines[label, "c0"].refused
     assert found.timing.set_index("method").loc["toy fail=error", "refused"] == 1
     assert ("toy fail=error", "c1", lines["toy fail=error", "c1"].refused) in found.refusals
+
+
+@pytest.mark.parametrize("mode", ["single", "batch", "sequential"])
+def test_where_an_edit_leaves_no_room_to_read_it_is_scored_as_unedited(gpt2, tmp_path, mode, monkeypatch):
+    """As many facts stated in front of every prompt do."""
+    plain = work.alarms.perplexity
+
+    def perplexity(lm):
+        if lm.changes:
+            raise BadInput("prompt", "too long.", "Shorten it.")
+        return plain(lm)
+
+    monkeypatch.setattr(work.alarms, "perplexity", perplexity)
+    found = measured(gpt2, setup(gpt2, "toy", mode=mode), tmp_path / "out")
+    assert found.complete
+    unedited = {line.case: line.scores for line in found.lines if line.label == "unedited"}
+    for line in found.lines:
+        if line.label == "toy":
+            assert "too long" in line.refused
+            assert line.scores == unedited[line.case]
 
 
 @pytest.mark.parametrize("mode", ["single", "batch", "sequential"])

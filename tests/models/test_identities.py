@@ -209,8 +209,8 @@ def test_generation_stops_at_the_end_of_text_and_of_the_context(lm: ModelAdapter
         new: list[list[int]] = []
         greedy = ModelAdapter._greedy
 
-        def watch(self, batch, steps):
-            new.extend(greedy(self, batch, steps))
+        def watch(self, batch, steps, choosers=None):
+            new.extend(greedy(self, batch, steps, choosers))
             return new
 
         patch.setattr(type(lm), "_greedy", watch)
