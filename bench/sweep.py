@@ -78,7 +78,10 @@ def _kills(folder: Path, names: Sequence[str], edits: int, seconds: float, lines
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        sleep(8 + draw.random() * seconds / (kills + 1))
+        known, until = len(_keys(out)), perf_counter() + 60
+        while len(_keys(out)) == known and process.poll() is None and perf_counter() < until:
+            sleep(0.05)
+        sleep(draw.random() * seconds / (2 * kills))  # at any moment after something new was measured
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             killed += 1
