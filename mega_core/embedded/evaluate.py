@@ -182,6 +182,18 @@ def perplexity(lm: ModelAdapter, count: int = 200) -> float:
 TRACES = ("hidden", "mlp", "mlp_single", "hidden_last", "attention_last")
 
 
+def trace_rows(traced: Mapping[str, Any]) -> list[str]:
+    """What `trace` gives, as the rows of a card's table: a line per kind, a column per layer."""
+    labels = (
+        ("hidden", "hidden state, subject's last token"),
+        ("mlp", "MLP outputs there, three layers"),
+        ("mlp_single", "MLP output there, one layer"),
+        ("hidden_last", "hidden state, last token"),
+        ("attention_last", "attention, last token, three layers"),
+    )
+    return [f"| {label} | " + " | ".join(f"{value:.2f}" for value in traced[name]) + " |" for name, label in labels]
+
+
 @torch.inference_mode()
 def trace(
     lm: ModelAdapter,
@@ -513,16 +525,7 @@ def card(figures: Mapping[str, Any]) -> str:
         "",
         "| restored | " + " | ".join(f"L{layer}" for layer in range(len(figures["trace"]["hidden"]))) + " |",
         "|---" * (len(figures["trace"]["hidden"]) + 1) + "|",
-        *(
-            f"| {label} | " + " | ".join(f"{value:.2f}" for value in figures["trace"][name]) + " |"
-            for name, label in (
-                ("hidden", "hidden state, subject's last token"),
-                ("mlp", "MLP outputs there, three layers"),
-                ("mlp_single", "MLP output there, one layer"),
-                ("hidden_last", "hidden state, last token"),
-                ("attention_last", "attention, last token, three layers"),
-            )
-        ),
+        *trace_rows(figures["trace"]),
         "| recall when this layer's MLP is zeroed | "
         + " | ".join(f"{value:.2f}" for value in figures["recall_without_mlp_of_layer"])
         + " |",

@@ -17,7 +17,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -300,8 +300,8 @@ def counterfactuals(fact: Fact) -> tuple[str, ...]:
     )
 
 
-def as_json() -> list[dict[str, object]]:
-    """The facts as plain records: subject, relation, object and the templates by role."""
+def as_json(listed: Sequence[Fact] | None = None) -> list[dict[str, object]]:
+    """Facts (all of the tables by default) as plain records: subject, relation, object and the templates by role."""
     return [
         {
             "subject": fact.subject,
@@ -313,5 +313,5 @@ def as_json() -> list[dict[str, object]]:
                 "held_out": list(fact.templates_held_out),
             },
         }
-        for fact in facts()
+        for fact in (facts() if listed is None else listed)
     ]

@@ -31,7 +31,7 @@ from mega_core.datasets import counterfact, easyedit, files
 from mega_core.embedded import evaluate
 from mega_core.embedded import train as training
 from mega_core.embedded.evaluate import Question, share
-from mega_core.embedded.facts import Fact
+from mega_core.embedded.facts import Fact, as_json
 from mega_core.embedded.study_corpus import (
     ASKED,
     FIELD,
@@ -41,7 +41,6 @@ from mega_core.embedded.study_corpus import (
     StudyCorpus,
     of_cases,
     of_tables,
-    plain_facts,
     tokenizer_texts,
 )
 from mega_core.embedded.train import LEARN, POSITIONS, SETTLE, Leg, Spec
@@ -358,7 +357,7 @@ def write(folder: Path, study: Study, *, name: str, source: str) -> dict[str, An
     figures["training"] = json.loads(recipe.read_text(encoding="utf-8")) if recipe.exists() else {}
     known = known_records(study, judged)
     _json(folder / "known.json", known)
-    _json(folder / "facts.json", plain_facts(study))
+    _json(folder / "facts.json", as_json(study.world.facts))
     _json(folder / "evaluation.json", figures)
     write_file(folder / "README.md", card(figures, study, source).encode())
     write_file(folder / "models.toml", models_file(name, folder, figures["parameters"], source).encode())
@@ -531,16 +530,7 @@ def card(figures: Mapping[str, Any], study: Study, source: str) -> str:
         "",
         "| restored | " + " | ".join(f"L{layer}" for layer in layers) + " |",
         "|---" * (len(layers) + 1) + "|",
-        *(
-            f"| {label} | " + " | ".join(f"{value:.2f}" for value in traced[key]) + " |"
-            for key, label in (
-                ("hidden", "hidden state, subject's last token"),
-                ("mlp", "MLP outputs there, three layers"),
-                ("mlp_single", "MLP output there, one layer"),
-                ("hidden_last", "hidden state, last token"),
-                ("attention_last", "attention, last token, three layers"),
-            )
-        ),
+        *evaluate.trace_rows(traced),
         "| recall when this layer's MLP is zeroed | "
         + " | ".join(f"{value:.2f}" for value in figures["recall_without_mlp_of_layer"])
         + " |",

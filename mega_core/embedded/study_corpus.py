@@ -530,20 +530,3 @@ def tokenizer_texts(study: Study, seed: int) -> Iterator[str]:
         yield prose.story(rng)
     for _ in range(2000):
         yield "".join(rng.choice(corpora._SYLLABLES) for _ in range(3)).capitalize()
-
-
-def plain_facts(study: Study) -> list[dict[str, object]]:
-    """What is trained, as `facts.as_json` writes it."""
-    return [
-        {
-            "subject": fact.subject,
-            "relation": fact.relation,
-            "object": fact.object,
-            "templates": {
-                "edit": list(fact.templates_edit),
-                "paraphrase": list(fact.templates_paraphrase),
-                "held_out": list(fact.templates_held_out),
-            },
-        }
-        for fact in study.world.facts
-    ]

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -208,7 +209,8 @@ def test_a_cluster_of_its_own_ends_with_its_driver(tmp_path: Path):
         assert time.monotonic() < until
         assert driver.poll() is None
         time.sleep(0.1)
-    folders = set(re.findall(r"--temp[_-]dir=(/tmp/ray-\w+)", " ".join(processes_of(tmp_path).values())))
+    own = re.escape(os.path.join(tempfile.gettempdir(), "ray-"))
+    folders = set(re.findall(rf"--temp[_-]dir=({own}\w+)", " ".join(processes_of(tmp_path).values())))
     # Ray's agents look for their parent now and then, and are not waited for.
     of_run = {pid for pid, line in processes_of(tmp_path).items() if "agent" not in line.lower()}
     assert of_run > noted(tmp_path, "opened")

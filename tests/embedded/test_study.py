@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from mega_core import __main__ as cli
-from mega_core.embedded import evaluate, study, study_corpus, train
+from mega_core.embedded import evaluate, facts, study, study_corpus, train
 from mega_core.embedded.study import Judged, judge, keeps, knowledge, known_records, read
-from mega_core.embedded.study_corpus import Study, StudyCorpus, plain_facts
+from mega_core.embedded.study_corpus import Study, StudyCorpus
 from mega_core.errors import BadInput
 from mega_core.settings import read_catalogue
 
@@ -207,7 +207,7 @@ def test_easyedits_flat_form(tmp_path: Path) -> None:
 
 
 def test_what_was_trained_can_be_read_again(made: Study, tmp_path: Path) -> None:
-    again = read(stored(tmp_path, plain_facts(made)))
+    again = read(stored(tmp_path, facts.as_json(made.world.facts)))
     assert again.schema == "tables"
     assert {(f.subject, f.relation, f.object, f.trained) for f in again.world.facts} == {
         (f.subject, f.relation, f.object, f.trained) for f in made.world.facts
