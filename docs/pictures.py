@@ -30,7 +30,7 @@ def main() -> None:
     with temporary_service() as service:
         card = next(example for example in service.examples() if example.outcome == "works")
         question = card.report().question
-        many = service.measured(question.model.name)
+        many = service.studies.measured(question.model.name)
         report = service.run(replace(question, views=tuple(view.name for view in service.views())))
     print(question.requests[0].sentence)
     cells = tables.module_cells(report)

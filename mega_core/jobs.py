@@ -111,6 +111,8 @@ class JobView:
     seconds: float
     """Since the start of the work; 0 while queued."""
     error: JobError | None = None
+    kind: str = ""
+    """What sort of work, for whoever shows it: edit, ask, compare ..."""
 
     @property
     def over(self) -> bool:
@@ -138,6 +140,7 @@ class _Work(Generic[Q]):
     digest: str
     model: str
     method: str
+    kind: str = ""
     jobs: list[_Job] = field(default_factory=list)
     started: float | None = None
     stages: OrderedDict[str, _Stage] = field(default_factory=OrderedDict)
@@ -205,7 +208,15 @@ class Jobs(Generic[Q, R]):
     # For the service ----------------------------------------------------------------------------------------------
 
     def submit(
-        self, question: Q, *, owner: str, digest: str, model: str, method: str, timeout_seconds: float | None = None
+        self,
+        question: Q,
+        *,
+        owner: str,
+        digest: str,
+        model: str,
+        method: str,
+        kind: str = "",
+        timeout_seconds: float | None = None,
     ) -> str:
         """Queue a question and return the id of the job, 32 random hex characters that only its owner should know.
 
@@ -224,7 +235,7 @@ class Jobs(Generic[Q, R]):
                     return mine.id
             self._check_owner(owner)
             if work is None:
-                work = self._enqueue(question, digest, model, method)
+                work = self._enqueue(question, digest, model, method, kind)
                 work.seconds = timeout_seconds
             elif len(work.jobs) >= self.limits.attached:
                 raise Busy("Very many people are waiting for this same answer.", "Ask again when it is there.")
@@ -311,7 +322,7 @@ class Jobs(Generic[Q, R]):
 
     # Queueing -----------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, question: Q, digest: str, model: str, method: str) -> _Work[Q]:
+    def _enqueue(self, question: Q, digest: str, model: str, method: str, kind: str) -> _Work[Q]:
         running = self._running.get(model)
         if running is not None and running.stop and self._clock() - running.stopped > STUCK_SECONDS:
             raise Busy(
@@ -322,7 +333,7 @@ class Jobs(Generic[Q, R]):
         # A lane that is free takes the question at once, so that one doesn't count as waiting.
         if waiting >= self.limits.queued and (running is not None or self._lanes.get(model)):
             raise Busy(f"{waiting} questions are already waiting, which is the limit.", "Try again in a minute.")
-        work = _Work(question, digest, model, method)
+        work = _Work(question, digest, model, method, kind)
         self._active[digest] = work
         self._lanes.setdefault(model, deque()).append(work)
         if model not in self._threads:
@@ -467,6 +478,7 @@ class Jobs(Generic[Q, R]):
             eta_seconds=0.0 if state == DONE else None,
             seconds=view.seconds,
             error=error,
+            kind=view.kind,
         )
         job.work, job.ended = None, self._clock()
         if state != DONE:
@@ -549,6 +561,7 @@ class Jobs(Generic[Q, R]):
             fraction=fraction,
             eta_seconds=eta,
             seconds=now - work.started if work.started is not None else 0.0,
+            kind=work.kind,
         )
 
     def _ahead(self, work: _Work) -> int:

@@ -3,18 +3,27 @@
 import streamlit as st
 
 from mega_core.errors import ActionableError
-from pages.components import frame, look_deeper, progress, report_view, request_form
-from pages.components.session import owner, run_in_address, service, tell
+from mega_core.jobs import JobView
+from pages.components import edit_states, frame, look_deeper, progress, report_view, request_form
+from pages.components.session import owner, service, show_run, shown_run, tell
 
 frame.enter()
 desk = service()
-asked = run_in_address()
-if asked is None and st.session_state.get("edit_shown") and not st.session_state.get("edit_job"):
-    asked = st.session_state["edit_shown"]  # back from another page
-    st.query_params["run"] = asked
+job = progress.live("edit")
+asked = None if job else shown_run()
+
+
+def done(view: JobView) -> None:
+    """The run is there: show it."""
+    st.session_state["edit_filled"] = view.digest
+    show_run(view.digest)
+    report = desk.cached(view.digest)
+    if report is not None:
+        desk.visited(report, owner())
+
 
 report, trouble = None, None
-if asked and not st.session_state.get("edit_job"):
+if asked:
     try:
         report = desk.cached(asked)
     except ActionableError as error:
@@ -24,7 +33,7 @@ if report is not None and st.session_state.get("edit_filled") != report.digest:
     st.session_state["edit_filled"] = report.digest
     desk.visited(report, owner())
 if report is not None:
-    st.session_state["edit_shown"] = report.digest
+    st.session_state["run_shown"] = report.digest
 
 st.title("Edit trial", anchor=False)
 if report is None:
@@ -39,18 +48,18 @@ left, right = st.columns([1, 2], gap="large")
 with left:
     request_form.draw_form()
 with right:
-    if st.session_state.get("edit_job"):
-        progress.draw(st.session_state["edit_job"])
+    if job:
+        progress.draw("edit", done)
     elif report is not None:
-        progress.failure()
+        progress.failure("edit")
         report_view.answers(report)
     elif trouble is not None:
         tell(trouble)
     elif asked is not None:
-        progress.unknown_run(asked, desk.entry(asked) if asked else None)
+        edit_states.unknown_run(asked, desk.entry(asked) if asked else None)
     else:
-        progress.failure()
-        progress.nothing_yet()
+        progress.failure("edit")
+        edit_states.nothing_yet()
 if report is not None:
     report_view.evidence(report)
     report_view.anatomy(report)

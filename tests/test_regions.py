@@ -21,6 +21,7 @@ from mega_core.methods.base import METHODS
 from mega_core.records import EditRequest, Report
 from mega_core.regions import Count, Lever, Region, layers_text
 from mega_core.service import Service
+from mega_core.service.studies import Studies
 from mega_core.settings import Settings
 from tests.service.reports import make_report
 from tests.service.toy import TOY, write_catalogue
@@ -149,7 +150,7 @@ def test_layers_in_words(layers: tuple[int, ...], text: str) -> None:
 
 
 def here(service: Service) -> Region:
-    return replace(REGION, weights=service.weights("little"))
+    return replace(REGION, weights=service.studies.weights("little"))
 
 
 def asked(*params: str, method: str = "mega") -> argparse.Namespace:
@@ -194,17 +195,17 @@ def test_a_foreign_or_missing_region_is_refused_before_anything_runs(service: Se
 
 
 def test_kept_regions_are_listed_by_model_and_found_by_name(service: Service, tmp_path: Path) -> None:
-    assert service.regions("little") == {}
-    service.keep_region("mine", here(service))
-    service.keep_region("foreign", REGION)
+    assert service.studies.regions("little") == {}
+    service.studies.keep_region("mine", here(service))
+    service.studies.keep_region("foreign", REGION)
     (service.settings.cache_dir / "regions" / "broken.json").write_text("{")
-    assert service.regions("little") == {"mine": here(service)}
-    assert service.regions("other") == {}
+    assert service.studies.regions("little") == {"mine": here(service)}
+    assert service.studies.regions("other") == {}
     (plan,) = plans_of(asked("region=mine.json"), service, ["mega"])
     assert dict(plan.method.params)["region"] == "1-2 (measured: rome, memit)"
     for name in ("../up", "", ".hidden", "a/b"):
         with pytest.raises(BadInput, match="no name"):
-            service.keep_region(name, here(service))
+            service.studies.keep_region(name, here(service))
 
 
 def test_mega_and_ace_read_the_remark(tiny_lm) -> None:
@@ -350,14 +351,14 @@ def test_a_stopped_study_goes_on_where_it_was(service: Service, monkeypatch: pyt
             raise Cancelled
 
     with pytest.raises(Cancelled):
-        service.contrast("little", ["toy"], requests, induced=0, report=stop)
+        service.studies.contrast("little", ["toy"], requests, induced=0, report=stop)
     assert len(inspected) == 2
-    found = service.contrast("little", ["toy"], requests, induced=0)
+    found = service.studies.contrast("little", ["toy"], requests, induced=0)
     assert inspected == [request.subject for request in requests]  # the first two were not run again
-    again = service.contrast("little", ["toy"], requests, induced=0)
+    again = service.studies.contrast("little", ["toy"], requests, induced=0)
     assert len(inspected) == 4
     assert again.region == found.region
-    assert found.region.check("little", service.weights("little")).edits == 4
+    assert found.region.check("little", service.studies.weights("little")).edits == 4
     for name in found.frames:
         pd.testing.assert_frame_equal(found.frames[name], again.frames[name])
 
@@ -372,8 +373,8 @@ def test_the_command_writes_and_keeps_the_region(
         return report(True)
 
     made = contrast_study.study(ask, ["rome"], REQUESTS, induced=0)
-    study = replace(made, region=replace(made.region, model="little", weights=service.weights("little")))
-    monkeypatch.setattr(Service, "contrast", lambda *_, **__: study)
+    study = replace(made, region=replace(made.region, model="little", weights=service.studies.weights("little")))
+    monkeypatch.setattr(Studies, "contrast", lambda *_, **__: study)
     monkeypatch.setattr(command, "open_service", lambda: service)
     out, tables = tmp_path / "steer.json", tmp_path / "all.json"
     words = ["contrast", "--model", "little", "--methods", "rome", "--n", "3"]

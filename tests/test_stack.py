@@ -502,18 +502,18 @@ def test_known_facts_bring_their_prompts_in_a_batch_too(service):
 def test_a_stack_and_an_export_through_the_service(service, tmp_path):
     plan = service.plan_several("little", "toy", REQUESTS[:2], {"strength": 0.1}, ())
     before = service.condition("little")
-    assert service.stack_add(tmp_path / "stack", plan) == "toy-1"
-    assert service.stack_add(tmp_path / "stack", plan) == "toy-2"
-    checked = service.stack_check(tmp_path / "stack")
+    assert service.stacks.add(tmp_path / "stack", plan) == "toy-1"
+    assert service.stacks.add(tmp_path / "stack", plan) == "toy-2"
+    checked = service.stacks.check(tmp_path / "stack")
     assert [held.edit for held in checked.held] == ["toy-1", "toy-1", "toy-2", "toy-2"]
     assert checked.receipt.restored
     assert set(checked.raised) <= set(checked.signs)
-    service.export_stack(tmp_path / "stack", tmp_path / "out")
+    service.stacks.export_stack(tmp_path / "stack", tmp_path / "out")
     assert len(json.loads((tmp_path / "out" / "edit.json").read_text(encoding="utf-8"))["edits"]) == 2
-    assert [edit.name for edit in service.stack_undo(tmp_path / "stack", "toy-1")] == ["toy-2"]
+    assert [edit.name for edit in service.stacks.undo(tmp_path / "stack", "toy-1")] == ["toy-2"]
     assert service.condition("little") == before
     with alone(tmp_path / "stack", "stack"), pytest.raises(Busy):
-        service.stack_add(tmp_path / "stack", plan)
+        service.stacks.add(tmp_path / "stack", plan)
 
 
 # Alarms --------------------------------------------------------------------------------------------------------------

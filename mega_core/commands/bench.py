@@ -76,7 +76,7 @@ def _bench(arguments: argparse.Namespace) -> int:
     if not methods:
         raise BadInput("--methods", "names none.", "For example: --methods rome,memit, or all.")
     with open_service() as service:
-        setup = service.benchmark_plan(
+        setup = service.benchmarks.plan(
             arguments.model,
             methods,
             arguments.dataset,
@@ -96,7 +96,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         command = ["python", "-m", "mega_core", *_words(arguments)]
         try:
             with _log_kept(arguments.out):
-                results = service.benchmark(
+                results = service.benchmarks.run(
                     setup,
                     arguments.out,
                     executor=executor,

@@ -139,9 +139,11 @@ def with_regions(
         if not regions.names_file(method, name, given):
             return given
         path = Path(str(given).strip())
-        kept = service.regions(model).get(path.stem) if path.parent == Path() and not path.exists() else None
+        kept = service.studies.regions(model).get(path.stem) if path.parent == Path() and not path.exists() else None
         region = kept or regions.Region.load(path)
-        return region.check(model, service.weights(model), f"{method}.{name}").text(regions.PLACES[method, name])
+        return region.check(model, service.studies.weights(model), f"{method}.{name}").text(
+            regions.PLACES[method, name]
+        )
 
     return {
         method: {name: layers(method, name, value) for name, value in own.items()} for method, own in params.items()

@@ -77,7 +77,7 @@ def _contrast(arguments: argparse.Namespace) -> None:
     rules = Rules(basis=arguments.basis, mass=arguments.mass, cap=arguments.cap)
     requests = requests_of(arguments.file) if arguments.file is not None else draw(arguments.n, arguments.seed)
     with open_service() as service:
-        study = service.contrast(
+        study = service.studies.contrast(
             arguments.model,
             name_list(arguments.methods),
             requests,
@@ -89,9 +89,9 @@ def _contrast(arguments: argparse.Namespace) -> None:
         )
         if arguments.out is not None:
             study.region.save(arguments.out)
-            service.keep_region(arguments.out.stem, study.region)
+            service.studies.keep_region(arguments.out.stem, study.region)
         if arguments.ship:
-            print(f"Written to {service.ship_contrast(as_plain(study))}", file=sys.stderr)
+            print(f"Written to {service.studies.ship_contrast(as_plain(study))}", file=sys.stderr)
     if arguments.json == "-":
         print_json(as_plain(study))
         return

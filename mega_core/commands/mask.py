@@ -68,7 +68,7 @@ def _train(arguments: argparse.Namespace) -> int:
         raise BadInput("--out", f"{out} can't be written.", "Name a file in a folder that is there.")
     notes: list[str] = []
     with open_service() as service:
-        mask = service.train_mask(
+        mask = service.masks.train(
             arguments.model,
             arguments.method,
             arguments.n,
@@ -92,7 +92,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     target = checked_target(arguments.json)
     notes: list[str] = []
     with open_service() as service:
-        found = service.evaluate_mask(arguments.mask, arguments.n, reporter(notes))
+        found = service.masks.evaluate(arguments.mask, arguments.n, reporter(notes))
     if arguments.json == "-":
         print_json(found.to_json())
         return 0

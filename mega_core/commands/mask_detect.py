@@ -49,7 +49,7 @@ def _detect(arguments: argparse.Namespace) -> None:
 
     target = checked_target(arguments.json)
     with open_service() as service:
-        found = service.detect(
+        found = service.masks.detect(
             arguments.folder, arguments.reference, arguments.mask, tuple(arguments.prompt), reporter()
         )
     whole = {"schema_version": 1, **as_plain(found)}

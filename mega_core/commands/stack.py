@@ -60,19 +60,19 @@ def _stack_add(arguments: argparse.Namespace) -> None:
     notes: list[str] = []
     with open_service() as service:
         (plan,) = plans_of(arguments, service, [arguments.method])
-        name = service.stack_add(arguments.folder, plan, reporter(notes))
+        name = service.stacks.add(arguments.folder, plan, reporter(notes))
     print(f"Added {name} to {arguments.folder}.")
     show_notes(notes)
 
 
 def _stack_list(arguments: argparse.Namespace) -> None:
     with open_service() as service:
-        _show_stack(service.stack_edits(arguments.folder), arguments.json)
+        _show_stack(service.stacks.edits(arguments.folder), arguments.json)
 
 
 def _stack_undo(arguments: argparse.Namespace) -> None:
     with open_service() as service:
-        left = service.stack_undo(arguments.folder, arguments.edit)
+        left = service.stacks.undo(arguments.folder, arguments.edit)
     if not arguments.json:
         print(f"Undone: {arguments.edit}. Left:")
     _show_stack(left, arguments.json)
@@ -96,7 +96,7 @@ def _stack_check(arguments: argparse.Namespace) -> int:
     from mega_core.summary import percent
 
     with open_service() as service:
-        found = service.stack_check(arguments.folder, reporter())
+        found = service.stacks.check(arguments.folder, reporter())
     if arguments.json:
         print_json({"schema_version": 1, **as_plain(found)})
     else:
@@ -116,12 +116,12 @@ def _export(arguments: argparse.Namespace) -> None:
             given = ("model", "method", "subject", "template", "target_new", "file")
             if extra := [name for name in given if getattr(arguments, name)]:
                 raise BadInput(f"--{extra[0].replace('_', '-')}", "does not go with --stack.", "Leave one of them out.")
-            folder = service.export_stack(arguments.stack, arguments.out, reporter(notes))
+            folder = service.stacks.export_stack(arguments.stack, arguments.out, reporter(notes))
         else:
             for name in ("model", "method"):
                 if not getattr(arguments, name):
                     raise BadInput(f"--{name}", "is missing.", "Give it, or --stack.")
             (plan,) = plans_of(arguments, service, [arguments.method])
-            folder = service.export(plan, arguments.out, reporter(notes))
+            folder = service.stacks.export(plan, arguments.out, reporter(notes))
     print(f"Written to {folder}. Load it with AutoModelForCausalLM.from_pretrained({str(folder)!r}).")
     show_notes(notes)

@@ -61,7 +61,7 @@ def _verify(arguments: argparse.Namespace) -> None:
         (plan,) = plans_of(arguments, service, [arguments.method])
         if not 1 <= arguments.fact <= len(plan.requests):
             raise BadInput("--fact", f"there is no fact {arguments.fact}.", f"Give 1 to {len(plan.requests)}.")
-        found = service.verify(
+        found = service.studies.verify(
             plan,
             arguments.cell,
             arguments.action,

@@ -2,11 +2,43 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import streamlit as st
 
 MARK = str(Path(__file__).with_name("mark.svg"))
+
+
+@dataclass(frozen=True, slots=True)
+class PageInfo:
+    """One page: its file is pages/<name>.py, its address /<name>."""
+
+    name: str
+    title: str
+    icon: str
+    section: str
+
+    @property
+    def file(self) -> str:
+        """For st.switch_page and st.page_link."""
+        return f"pages/{self.name}.py"
+
+
+PAGES = (
+    PageInfo("start", "Start", ":material/home:", "Try"),
+    PageInfo("edit", "Edit trial", ":material/edit_note:", "Try"),
+    PageInfo("compare", "Compare methods", ":material/view_column:", "Try"),
+    PageInfo("anatomy", "Anatomy", ":material/troubleshoot:", "Inspect"),
+    PageInfo("contrast", "Success against failure", ":material/balance:", "Inspect"),
+    PageInfo("multihop", "Multi-hop", ":material/route:", "Inspect"),
+    PageInfo("mask", "One mask", ":material/shield:", "Inspect"),
+    PageInfo("benchmark", "Benchmark", ":material/leaderboard:", "Evaluate"),
+    PageInfo("review", "Failure review", ":material/rate_review:", "Evaluate"),
+    PageInfo("runs", "Runs", ":material/history:", "Evaluate"),
+    PageInfo("learn", "Learn", ":material/school:", "About"),
+    PageInfo("status", "Status", ":material/monitor_heart:", "About"),
+)
 
 
 def navigation() -> st.Page:
@@ -15,15 +47,11 @@ def navigation() -> st.Page:
     """
     # First, and with a file: a page's own named icon would become the tab's, which browsers fetch from another host.
     st.set_page_config(page_title="Edit Anatomy", page_icon=MARK, layout="wide")
-    return st.navigation(
-        [
-            st.Page("pages/start.py", title="Start", icon=":material/home:", url_path="start", default=True),
-            st.Page("pages/edit.py", title="Edit trial", icon=":material/edit_note:", url_path="edit"),
-            st.Page("pages/runs.py", title="Runs", icon=":material/history:", url_path="runs"),
-            st.Page("pages/status.py", title="Status", icon=":material/monitor_heart:", url_path="status"),
-        ],
-        position="top",
-    )
+    sections: dict[str, list[st.Page]] = {}
+    for info in PAGES:
+        page = st.Page(info.file, title=info.title, icon=info.icon, url_path=info.name, default=info is PAGES[0])
+        sections.setdefault(info.section, []).append(page)
+    return st.navigation(sections, position="sidebar", expanded=True)
 
 
 def enter() -> None:

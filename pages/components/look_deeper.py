@@ -198,7 +198,7 @@ HOLDS = {"yes": ":material/check_circle: holds", "no": ":material/cancel: does n
 @told
 def _contrast(model: str) -> None:
     """What many edits of this model have in common: curves by editor, and whether the published pattern holds."""
-    found = service().measured(model)
+    found = service().studies.measured(model)
     if found is None:
         return
     region = found.region
@@ -270,8 +270,6 @@ def _ask(report: Report) -> None:
         except ActionableError as error:
             tell(error)
             return
-        if st.session_state.get("edit_job"):
-            st.session_state["edit_before"] = report.digest
         st.rerun()
 
 

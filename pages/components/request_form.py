@@ -19,7 +19,7 @@ from mega_core.errors import ActionableError, BadInput
 from mega_core.records import MAX_SUBJECT, MAX_TARGET, MAX_TEMPLATE, EditRequest, Inspection
 from mega_core.service import ModelInfo, Service
 from pages.components import method_picker
-from pages.components.session import owner, service, start, tell, told
+from pages.components.session import forget_run, owner, service, start, tell, told
 from pages.components.text import md
 
 FIELDS: Mapping[str, Any] = {
@@ -87,9 +87,9 @@ def draft_of_plan(plan: Inspection) -> dict[str, Any]:
 def reset() -> None:
     """Empty the form and forget what was shown."""
     method_picker.forget_knobs()
-    for key in ("edit_problem", "edit_ask", "edit_shown"):
+    for key in ("edit_problem", "edit_ask"):
         st.session_state.pop(key, None)
-    st.query_params.pop("run", None)
+    forget_run()
     lay_down(FIELDS)
 
 

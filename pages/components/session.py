@@ -62,17 +62,37 @@ def run_in_address() -> str | None:
     return asked if RUN_ID.fullmatch(asked) else ""
 
 
-def start(plan: Inspection) -> None:
-    """Open the stored answer of a question, else queue it; the page then watches it. Raises as Service.submit does."""
+def shown_run() -> str | None:
+    """The run this page is about: that of the address, else the one that was last looked at on any page, put back
+    into the address. "" for an address that is damaged, None when there is none.
+    """
+    asked = run_in_address()
+    if asked is None and st.session_state.get("run_shown"):
+        asked = str(st.session_state["run_shown"])
+        st.query_params["run"] = asked
+    return asked
+
+
+def show_run(digest: str) -> None:
+    """Make this the run that pages are about."""
+    st.session_state["run_shown"] = digest
+    st.query_params["run"] = digest
+
+
+def forget_run() -> None:
+    """No run is looked at."""
+    st.session_state.pop("run_shown", None)
+    st.query_params.pop("run", None)
+
+
+def start(plan: Inspection, slot: str = "edit") -> None:
+    """Open the stored answer of a question, else queue it under a slot of `progress`. Raises as Service.submit does."""
     desk = service()
     digest = desk.digest(plan)
     if desk.cached(digest) is None:
-        st.session_state["edit_job"] = desk.submit(plan, owner())
-        st.session_state.pop("edit_shown", None)
-        st.query_params.pop("run", None)
+        st.session_state[f"{slot}_job"] = desk.submit(plan, owner(), kind=slot)
     else:
-        st.session_state["edit_shown"] = digest
-        st.query_params["run"] = digest
+        show_run(digest)
 
 
 def told(draw: Callable[P, None]) -> Callable[P, None]:

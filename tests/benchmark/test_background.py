@@ -62,35 +62,35 @@ def test_a_benchmark_in_the_background_has_no_time_limit_and_goes_on_after_a_res
     monkeypatch.setenv("MEGA_JOB_SECONDS", "1")
     service = opened()
     slow = {"toy": {"sleep": 0.4}}  # 2 s an edit, twice the limit of a question
-    setup = service.benchmark_plan("little", ["toy"], "facts.json", protocols=["rome"], params=slow)
-    name = service.start_benchmark(setup)
-    assert service.start_benchmark(setup) == name  # the same one
-    until(lambda: service.benchmarks()[0].done >= 3)
-    (one,) = service.benchmarks()
+    setup = service.benchmarks.plan("little", ["toy"], "facts.json", protocols=["rome"], params=slow)
+    name = service.benchmarks.start(setup)
+    assert service.benchmarks.start(setup) == name  # the same one
+    until(lambda: service.benchmarks.all()[0].done >= 3)
+    (one,) = service.benchmarks.all()
     assert (one.name, one.total, one.state) == (name, 4, "running")
     (tmp_path / "facts.json").unlink()  # an upload is gone, too
     service = opened()
-    (one,) = service.benchmarks()
+    (one,) = service.benchmarks.all()
     assert (one.done, one.total, one.state) == (3, 4, "stopped")
-    assert len(service.benchmark_of(name).lines) == 3
-    assert service.resume_benchmark(name) == name
-    until(lambda: service.benchmarks()[0].state == "done")
-    assert service.benchmark_of(name).complete
-    assert (service.benchmarks()[0].folder / "report.html").is_file()
+    assert len(service.benchmarks.of(name).lines) == 3
+    assert service.benchmarks.resume(name) == name
+    until(lambda: service.benchmarks.all()[0].state == "done")
+    assert service.benchmarks.of(name).complete
+    assert (service.benchmarks.all()[0].folder / "report.html").is_file()
 
 
 def test_others_get_the_model_between_two_cases(opened):
     service = opened()
     slow = {"toy": {"sleep": 0.1}}
-    name = service.start_benchmark(
-        service.benchmark_plan("little", ["toy"], "facts.json", protocols=["rome"], params=slow)
+    name = service.benchmarks.start(
+        service.benchmarks.plan("little", ["toy"], "facts.json", protocols=["rome"], params=slow)
     )
-    until(lambda: service.benchmarks()[0].state == "running")
+    until(lambda: service.benchmarks.all()[0].state == "running")
     job = service.ask("little", "The capital of France is", "amy")
     assert service.wait(job, 60).state == "done"
-    service.stop_benchmark(name)
-    until(lambda: service.benchmarks()[0].state in ("stopped", "done"))
-    service.stop_benchmark("no such name")
+    service.benchmarks.stop(name)
+    until(lambda: service.benchmarks.all()[0].state in ("stopped", "done"))
+    service.benchmarks.stop("no such name")
 
 
 def test_a_failure_is_told(opened, monkeypatch):
@@ -100,25 +100,25 @@ def test_a_failure_is_told(opened, monkeypatch):
 
     monkeypatch.setattr(METHODS, "_entries", {"toy": replace(TOY, prepare=prepare)})
     service = opened()
-    service.start_benchmark(service.benchmark_plan("little", ["toy"], "facts.json", protocols=["rome"]))
-    until(lambda: service.benchmarks()[0].state == "failed")
-    assert "a change was left" in service.benchmarks()[0].error
+    service.benchmarks.start(service.benchmarks.plan("little", ["toy"], "facts.json", protocols=["rome"]))
+    until(lambda: service.benchmarks.all()[0].state == "failed")
+    assert "a change was left" in service.benchmarks.all()[0].error
 
 
 def test_names_that_are_none_and_damaged_folders_are_refused(opened):
     service = opened()
-    assert service.benchmarks() == ()
+    assert service.benchmarks.all() == ()
     for name in ("../results", "", "0" * 32):
         with pytest.raises(BadInput):
-            service.benchmark_of(name)
+            service.benchmarks.of(name)
         with pytest.raises(BadInput):
-            service.resume_benchmark(name)
-    name = service.start_benchmark(service.benchmark_plan("little", ["toy"], "facts.json", protocols=["rome"]))
-    until(lambda: service.benchmarks()[0].state == "done")
-    folder = service.benchmarks()[0].folder
+            service.benchmarks.resume(name)
+    name = service.benchmarks.start(service.benchmarks.plan("little", ["toy"], "facts.json", protocols=["rome"]))
+    until(lambda: service.benchmarks.all()[0].state == "done")
+    folder = service.benchmarks.all()[0].folder
     text = (folder / "setup.json").read_text().replace("France", "Norway")
     (folder / "setup.json").write_text(text)
     with pytest.raises(BadInput, match="can't be read"):
-        service.resume_benchmark(name)
+        service.benchmarks.resume(name)
     (folder / "plan.json").write_text("{}")
-    assert service.benchmarks() == ()
+    assert service.benchmarks.all() == ()

@@ -154,7 +154,7 @@ def test_all_methods_leave_out_those_that_cannot_edit_the_model(monkeypatch):
     picky = replace(TOY, name="picky", needs=lambda spec: "it is picky")
     monkeypatch.setitem(METHODS._entries, "picky", picky)
     with Service.open() as service:
-        setup = service.benchmark_plan("little", ["all"], "facts.json", protocols=["rome"])
+        setup = service.benchmarks.plan("little", ["all"], "facts.json", protocols=["rome"])
         assert [one.label for one in setup.plan.entrants] == ["unedited", "toy", "other"]
         assert setup.unsupported == (("picky", "it is picky"),)
 
@@ -164,7 +164,7 @@ def test_controls_are_entrants_of_their_own(monkeypatch):
 
     monkeypatch.setitem(METHODS._entries, "mega", MEGA)
     with Service.open() as service:
-        setup = service.benchmark_plan("little", ["mega"], "facts.json", protocols=["rome"], control=True)
+        setup = service.benchmarks.plan("little", ["mega"], "facts.json", protocols=["rome"], control=True)
         labels = [one.label for one in setup.plan.entrants]
         assert labels[:3] == ["unedited", "mega", "mega gate=always"]
         assert len(labels) > 3

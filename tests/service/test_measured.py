@@ -76,9 +76,9 @@ def test_damage_is_told(tmp_path: Path, damage: Any) -> None:
 @pytest.mark.parametrize("model", ["atlas-gpt2", "atlas-qwen3"])
 def test_each_embedded_model_ships_one_that_fits_its_weights(model: str) -> None:
     with Service.open(Settings.read()) as service:
-        found = service.measured(model)
+        found = service.studies.measured(model)
         assert found is not None
-        assert service.regions(model)[model] == found.region
+        assert service.studies.regions(model)[model] == found.region
         assert not service.status().notices
     assert found.claims.keys() == set(found.region.methods)
     assert set(found.curves["layer"]) == set(range(found.region.n_layers))
@@ -86,4 +86,6 @@ def test_each_embedded_model_ships_one_that_fits_its_weights(model: str) -> None
 
 def test_only_embedded_models_ship_one() -> None:
     with Service.open(Settings.read()) as service, pytest.raises(BadInput, match="does not ship"):
-        service.ship_contrast({**STUDY, "region": {**STUDY["region"], "model": {"name": "gpt2", "weights": "a" * 64}}})
+        service.studies.ship_contrast(
+            {**STUDY, "region": {**STUDY["region"], "model": {"name": "gpt2", "weights": "a" * 64}}}
+        )

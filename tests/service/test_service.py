@@ -18,6 +18,7 @@ from mega_core.errors import (
 )
 from mega_core.events import Cancelled, Finished, Started
 from mega_core.service import PROMISES, Service
+from mega_core.service.core import Core
 from mega_core.store import Store
 from tests.conftest import ROOT
 
@@ -106,7 +107,7 @@ def test_examples_that_cannot_be_read_are_a_notice_not_an_error(service, tmp_pat
 
     (tmp_path / "index.json").write_text("{", encoding="utf-8")
     monkeypatch.setattr(examples, "FOLDER", tmp_path)
-    monkeypatch.setattr("mega_core.service.shipped.load", lambda: examples._read(tmp_path, 0, 0))
+    monkeypatch.setattr("mega_core.embedded.examples.load", lambda: examples._read(tmp_path, 0, 0))
     assert service.examples() == ()
     assert any("examples" in notice for notice in service.status().notices)
 
@@ -199,7 +200,7 @@ def test_a_run_gives_a_report_that_is_stored_and_reopened(service, settings):
 
 def test_the_same_run_again_is_not_computed(service, monkeypatch):
     first = service.run(make_plan(service))
-    monkeypatch.setattr(Service, "_pool", lambda self: pytest.fail("a stored answer needs no model"))
+    monkeypatch.setattr(Core, "pool", lambda self: pytest.fail("a stored answer needs no model"))
     assert service.run(make_plan(service)).to_bytes() == first.to_bytes()
 
 

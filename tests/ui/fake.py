@@ -20,6 +20,14 @@ from mega_core.records import EditRequest, Inspection, MethodRef, ModelRef, Rece
 from mega_core.regions import Claim, Count, Region
 from mega_core.service import PROMISES, Answer, MethodInfo, ModelInfo, Status, ViewInfo
 from mega_core.summary import outcome, verdict
+from tests.ui.fakes.benchmarks import FakeBenchmarks
+from tests.ui.fakes.chains import FakeChains
+from tests.ui.fakes.masks import FakeMasks
+from tests.ui.fakes.reviews import FakeReviews
+from tests.ui.fakes.sharing import FakeSharing
+from tests.ui.fakes.stacks import FakeStacks
+from tests.ui.fakes.steering import FakeSteering
+from tests.ui.fakes.studies import FakeStudies
 
 TOWER = EditRequest(
     "Eiffel Tower",
@@ -288,6 +296,14 @@ class FakeService:
     submitted: list[Inspection] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     available: bool = True
+    stacks: FakeStacks = field(default_factory=FakeStacks)
+    studies: FakeStudies = field(default_factory=lambda: FakeStudies(MEASURED))
+    masks: FakeMasks = field(default_factory=FakeMasks)
+    benchmarks: FakeBenchmarks = field(default_factory=FakeBenchmarks)
+    chains: FakeChains = field(default_factory=FakeChains)
+    reviews: FakeReviews = field(default_factory=FakeReviews)
+    sharing: FakeSharing = field(default_factory=FakeSharing)
+    steering: FakeSteering = field(default_factory=FakeSteering)
 
     def close(self) -> None: ...
 
@@ -363,9 +379,6 @@ class FakeService:
             ViewInfo("heads", "Heads", "Which heads carry it.", ("head_scores",), ()),
         )
 
-    def measured(self, model: str) -> Measured | None:
-        return MEASURED if model == WORKS.question.model.name else None
-
     def examples(self) -> tuple[Card, ...]:
         return self.cards
 
@@ -409,10 +422,20 @@ class FakeService:
     def cached(self, digest: str) -> Report | None:
         return self.reports.get(digest)
 
-    def submit(self, plan: Inspection, owner: str) -> str:
+    def submit(self, plan: Inspection, owner: str, *, fresh: bool = False, kind: str = "edit") -> str:
         self.submitted.append(plan)
         self.view = running(self.digest(plan))
         return "j" * 32
+
+    def submit_several(self, plans: list[Inspection], owner: str) -> str:
+        self.submitted += plans
+        return self.submit(plans[0], owner, kind="compare")
+
+    def jobs(self, owner: str) -> list[JobView]:
+        return []
+
+    def result(self, job_id: str, owner: str | None = None) -> Any:
+        return None
 
     def job(self, job_id: str, owner: str) -> JobView:
         if self.view is None:

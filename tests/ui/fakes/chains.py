@@ -1,0 +1,7 @@
+"""What the pages see of `service.chains`."""
+
+from __future__ import annotations
+
+
+class FakeChains:
+    """Frozen answers."""

@@ -1,0 +1,7 @@
+"""What the pages see of `service.steering`."""
+
+from __future__ import annotations
+
+
+class FakeSteering:
+    """Frozen answers."""
