@@ -46,7 +46,7 @@ def navigation() -> st.Page:
     renamed files.
     """
     # First, and with a file: a page's own named icon would become the tab's, which browsers fetch from another host.
-    st.set_page_config(page_title="Edit Anatomy", page_icon=MARK, layout="wide")
+    st.set_page_config(page_title="Edit Anatomy", page_icon=MARK, layout="wide", initial_sidebar_state=240)
     sections: dict[str, list[st.Page]] = {}
     for info in PAGES:
         page = st.Page(info.file, title=info.title, icon=info.icon, url_path=info.name, default=info is PAGES[0])
