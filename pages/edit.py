@@ -4,7 +4,7 @@ import streamlit as st
 
 from mega_core.errors import ActionableError
 from mega_core.jobs import JobView
-from pages.components import edit_states, frame, look_deeper, progress, report_view, request_form
+from pages.components import anatomy_map, edit_states, frame, progress, report_view, request_form
 from pages.components.session import owner, service, show_run, shown_run, tell
 
 frame.enter()
@@ -62,8 +62,7 @@ with right:
         edit_states.nothing_yet()
 if report is not None:
     report_view.evidence(report)
-    report_view.anatomy(report)
-    look_deeper.draw(report)
+    anatomy_map.draw(report)
     report_view.receipt(report)
 elif asked is None:
     request_form.warm_up()  # whoever comes without a finished run is about to ask for one

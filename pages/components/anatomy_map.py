@@ -1,0 +1,188 @@
+"""Layer x module map of a run with a detail panel, and the layer profile with the sum check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+import streamlit as st
+
+from mega_core.evaluation.text import reading
+from mega_core.records import EditRequest, Report
+from pages.components import charts, readings, tables
+from pages.components.figure import About, figure
+from pages.components.prepared import spec_of, tables_of
+from pages.components.session import told
+from pages.components.text import MODULES, STATES, cell_name, clip, md
+
+ABOUT_MAP = About(
+    "How much each layer's attention and MLP module raises (blue) or lowers (orange) the log-probability of the object "
+    "at the end of the edit prompt, in the base model, in the edited model, and the change. All pictures of a run "
+    "share one colour scale.",
+    "The residual stream is read through the final norm and the unembedding before and after each module's output "
+    "joins it; the difference in log-probability is the module's contribution, in nats.",
+    "Attribution is not causation. Reading middle layers through the unembedding is approximate, and only the object's "
+    "first token is explained.",
+)
+
+
+def _clicked(chart_key: str, pick_key: str, places: list[tuple[int, str]]) -> Callable[[], None]:
+    def on_click() -> None:
+        event = st.session_state.get(chart_key) or {}
+        points = event["selection"].get(charts.CELL, []) if "selection" in event else []
+        if points:
+            place = (points[0].get("layer"), points[0].get("module"))
+            if place in places:  # the browser's word is only an index into our own list
+                st.session_state[pick_key] = place
+
+    return on_click
+
+
+def _candidate_label(candidate: str, request: EditRequest) -> str:
+    """Short, and never the same for two candidates: the browser sends the label back."""
+    if candidate == "difference":
+        return "difference"
+    word = "new" if candidate == "new" else "original"
+    return f"{md(clip(readings.explained(candidate, request), 20))} ({word})"
+
+
+@st.fragment
+@told
+def draw(report: Report) -> None:
+    """Layer x module map with a detail panel, and the layer profile with the sum check."""
+    data = tables_of(report.digest, report)
+    cells, edited = data["cells"], data["edited"]
+    request = report.question.requests[0]
+    if cells.empty:
+        return
+    present = [c for c in tables.CANDIDATES if c in set(cells["candidate"])]
+    st.header("Where in the network", anchor=False)
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
+        candidate = st.segmented_control(
+            "Explain",
+            present,
+            default=present[-1],
+            format_func=lambda c: _candidate_label(c, request),
+            key="anatomy_candidate",
+            required=True,
+            persist_state="session",
+        )
+        candidate = candidate if candidate in present else present[-1]
+        places = [
+            (int(layer), str(m))
+            for layer, m in cells[["layer", "module"]].drop_duplicates().sort_values(["layer", "module"]).to_numpy()
+        ]
+        pick_key = f"anatomy_cell_{report.digest[:8]}"
+        if st.session_state.get(pick_key) not in places:
+            change = cells[(cells["candidate"] == candidate) & (cells["state"] == "change")]
+            best = change.loc[change["place"].idxmin()] if not change.empty else cells.iloc[0]
+            st.session_state[pick_key] = (int(best["layer"]), str(best["module"]))
+        place = st.selectbox(
+            "Place",
+            places,
+            format_func=lambda p: cell_name(*p),
+            key=pick_key,
+            help="The same as clicking a cell.",
+            width=220,
+        )
+    title, sentence = readings.of_module_map(cells, candidate, request)
+    if candidate == "new":
+        sentence = reading(report.frames["module_scores"], request.target_new)
+    twin = cells[cells["candidate"] == candidate].assign(
+        module=lambda t: t["module"].map(MODULES), state=lambda t: t["state"].map(STATES)
+    )
+    wide = twin.pivot_table(
+        index=["layer", "module"], columns="state", values="value", aggfunc="first", sort=False
+    ).reset_index()
+    number = {name: st.column_config.NumberColumn(name, format="%+.3f") for name in STATES.values()}
+    file = f"contributions-{candidate}-{report.digest[:12]}"
+    left, right = st.columns([2, 1], gap="medium")
+    with left:
+        chart_key = f"chart_map_{report.digest[:8]}"
+        triangle = " Triangles mark edited layers." if not edited.empty else ""
+        figure(
+            chart_key,
+            spec_of(report.digest, "map", candidate, place, _report=report),
+            title=title,
+            reading=f"{sentence}{triangle} Click a cell, or choose it under Place, for its numbers.",
+            table=wide,
+            file=file,
+            about=ABOUT_MAP,
+            columns=number,
+            level=3,
+            on_select=_clicked(chart_key, pick_key, places),
+            selection=charts.CELL,
+        )
+    with right:
+        _detail(cells, place, candidate, request)
+    title, sentence = readings.of_profile(cells, candidate, request)
+    left, right = st.columns([2, 1], gap="medium")
+    with left:
+        figure(
+            "chart_profile",
+            spec_of(report.digest, "profile", candidate, _report=report),
+            title=title,
+            reading=f"{sentence} Dashed and hollow: base model, solid and filled: edited model."
+            f"{_tinted(edited['layer'].nunique())}",
+            table=wide,
+            file=f"profile-{candidate}-{report.digest[:12]}",
+            columns=number,
+            level=3,
+        )
+    with right:
+        st.subheader("Do the parts add up?", anchor=False)
+        st.caption(md(readings.of_sums(data["sums"], candidate)))
+        check = data["sums"]
+        st.dataframe(
+            check.assign(
+                candidate=check["candidate"].map({"new": request.target_new, "true": request.target_true or "original"})
+            )[["candidate", "state", "start", "modules", "end", "residual"]],
+            hide_index=True,
+            column_config={
+                "candidate": "Object",
+                "state": "State",
+                "start": st.column_config.NumberColumn(
+                    "Input", format="%.2f", help="log-probability read at the input of the first block"
+                ),
+                "modules": st.column_config.NumberColumn("Modules", format="%+.2f", help="sum of all contributions"),
+                "end": st.column_config.NumberColumn("Output", format="%.2f", help="log-probability of the model"),
+                "residual": st.column_config.NumberColumn("Left over", format="%.3f"),
+            },
+            key="sum_table",
+            alt="Sum check of contributions",
+        )
+
+
+def _detail(cells: pd.DataFrame, place: tuple[int, str], candidate: str, request: EditRequest) -> None:
+    layer, module = place
+    with st.container(border=True):
+        st.subheader(cell_name(layer, module), anchor=False)
+        st.markdown(md(readings.of_cell(cells, layer, module, candidate, request)))
+        mine = cells[(cells["layer"] == layer) & (cells["module"] == module)].copy()
+        mine["object"] = [
+            readings.explained(c, request) if c != "difference" else "difference" for c in mine["candidate"]
+        ]
+        wide = mine.pivot_table(index="object", columns="state", values="value", aggfunc="first", sort=False)
+        extra = mine[mine["state"] == "change"].set_index("object")[["share", "place"]]
+        shown = wide.reindex(columns=[s for s in tables.STATES if s in wide]).join(extra).reset_index()
+        st.dataframe(
+            shown,
+            hide_index=True,
+            column_config={
+                "object": st.column_config.TextColumn("Object", width=108),
+                **{s: st.column_config.NumberColumn(STATES[s], format="%+.2f") for s in tables.STATES},
+                "share": st.column_config.NumberColumn(
+                    "Share", format="percent", help="of the sum of all absolute changes"
+                ),
+                "place": st.column_config.NumberColumn("Rank", help="by absolute change"),
+            },
+            key="detail_table",
+            alt=f"Contributions of {cell_name(layer, module)}",
+        )
+
+
+def _tinted(layers: int) -> str:
+    """What the tint of the profile means; nothing where no layer was touched."""
+    if not layers:
+        return ""
+    return " The tinted layer is where the edit acts." if layers == 1 else " The edit acts in the tinted layers."
