@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,11 +48,24 @@ def navigation() -> st.Page:
     """
     # First, and with a file: a page's own named icon would become the tab's, which browsers fetch from another host.
     st.set_page_config(page_title="Edit Anatomy", page_icon=MARK, layout="wide", initial_sidebar_state=240)
-    sections: dict[str, list[st.Page]] = {}
-    for info in PAGES:
-        page = st.Page(info.file, title=info.title, icon=info.icon, url_path=info.name, default=info is PAGES[0])
-        sections.setdefault(info.section, []).append(page)
-    return st.navigation(sections, position="sidebar", expanded=True)
+    pages = {
+        info.name: st.Page(info.file, title=info.title, icon=info.icon, url_path=info.name, default=info is PAGES[0])
+        for info in PAGES
+    }
+    chosen = st.navigation(list(pages.values()), position="hidden")
+    _menu(pages)
+    return chosen
+
+
+def _menu(pages: Mapping[str, st.Page]) -> None:
+    """The list of pages in the sidebar. Our own, because the sections of Streamlit's are no list to a screen reader."""
+    with st.sidebar.container(gap="small"):
+        for section in dict.fromkeys(info.section for info in PAGES):
+            with st.container(gap="xxsmall"):
+                st.caption(section)
+                for info in PAGES:
+                    if info.section == section:
+                        st.page_link(pages[info.name], label=info.title, icon=info.icon, width="stretch")
 
 
 def enter() -> None:
