@@ -11,7 +11,7 @@ STREAMLIT_SERVER_ADDRESS ?= 127.0.0.1
 export STREAMLIT_SERVER_PORT STREAMLIT_SERVER_ADDRESS
 
 .DEFAULT_GOAL := help
-.PHONY: help app test test-cluster check format bench bench-gpu docs clean
+.PHONY: help app test test-cluster check format bench bench-ui bench-gpu docs clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ format: $(VENV)/.dev ## rewrite the files the way `make check` wants them
 
 bench: $(VENV)/.dev ## measure speed and promises (BENCH_ARGS="--json FILE --only NAME")
 	$(BIN)/python -m bench $(BENCH_ARGS)
+
+bench-ui: $(VENV)/.dev ## what people wait for in a browser, alone and eight at once; needs chromium
+	$(BIN)/python -m bench --only pages --only crowd $(BENCH_ARGS)
 
 bench-gpu: $(VENV)/.dev ## one edit of each method in the shapes of GPT-2 XL and Llama 2 7B; needs a CUDA device
 	$(BIN)/python -m bench --only gpu $(BENCH_ARGS)

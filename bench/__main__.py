@@ -25,6 +25,7 @@ from bench.common import Row, Unmeasured, machine
 MEASUREMENTS = {
     "optimiser": "one step of the value optimisation against a plain full forward pass",
     "edit": "one edit with metrics and module scores, after warm-up",
+    "seconds": "one edit by every method, after warm-up; written to the table of the method cards",
     "quality": "100 random counterfactual edits per method and embedded model",
     "regions": "MEGA in the measured region, the default one and others",
     "mask": "one mask that undoes unseen edits, beside its controls",
@@ -40,7 +41,8 @@ MEASUREMENTS = {
     "sweep": "a benchmark run against one process per edit, and killed five times",
     "reopen": "opening a stored result",
     "storm": "200 jobs with cancellations and failures at every stage",
-    "pages": "first paint and chart click in a browser",
+    "pages": "what a person waits for in a browser",
+    "crowd": "eight people at once, every result against the serial one",
 }
 
 

@@ -13,7 +13,7 @@ MARK = str(Path(__file__).with_name("mark.svg"))
 
 @dataclass(frozen=True, slots=True)
 class PageInfo:
-    """One page: its file is pages/<name>.py, its address /<name>."""
+    """One page: its file is pages/<name>.py."""
 
     name: str
     title: str
@@ -24,6 +24,11 @@ class PageInfo:
     def file(self) -> str:
         """For st.switch_page and st.page_link."""
         return f"pages/{self.name}.py"
+
+    @property
+    def address(self) -> str:
+        """Its path on the server; the first page is the root."""
+        return "/" if self is PAGES[0] else f"/{self.name}"
 
 
 PAGES = (
