@@ -16,11 +16,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.common import temporary_service  # noqa: E402
 from mega_core.records import Report  # noqa: E402
-from pages.components import charts, tables, view_charts  # noqa: E402
-from pages.components.look_deeper import PANELS  # noqa: E402
+from pages.components import charts, contrast_charts, tables  # noqa: E402
+from pages.components.anatomy_pictures import MAKERS, Look  # noqa: E402
+from pages.components.anatomy_place import Place  # noqa: E402
 
 DIVERGING = ["#b35a1f", "#eebf91", "#f7f7f7", "#a9c4ea", "#2f5fae"]
 WIDTH = 560
+LOOKS = {
+    "head_scores": Look("new", "change"),
+    "head_sources": Look("new", "after"),
+    "neuron_scores": Look("new", "after"),
+    "attention_neurons": Look("new", "after"),
+    "query_layers": Look("new", "after"),
+    "lens": Look(),
+    "residual": Look("new"),
+    "attention": Look("new", "change", more={"prompts": "edit"}),
+    "trace": Look(more={"trace": "new.after"}),
+    "stress": Look("new", "after"),
+    "weight_spectrum": Look(),
+}
 
 
 def main() -> None:
@@ -36,22 +50,23 @@ def main() -> None:
     cells = tables.module_cells(report)
     edited = tables.edited_places(report)
     save(charts.module_map(cells, edited, candidate="new", limit=tables.shared_limit(cells)), folder / "modules.png")
-    for panel in PANELS:
-        table = one_case(report, panel.frame)
-        if table is not None and not table.empty:
-            save(panel.draw(table, report), folder / f"{panel.frame}.png")
+    for name, look in LOOKS.items():
+        made = MAKERS[name](report, strongest(report, look))
+        if made is not None:
+            save(made[2], folder / f"{name}.png")
     if many is not None:
         curves = many.curves
         late = curves[(curves["statistic"] == "D") & (curves["module"] == "attn") & (curves["candidate"] == "new")]
-        save(view_charts.contrast_bands(late.reset_index(drop=True)), folder / "contrast.png")
+        shown = late.assign(label=late["editor"]).reset_index(drop=True)
+        save(contrast_charts.bands(shown, many.region.layers, "Change, nats"), folder / "contrast.png")
 
 
-def one_case(report: Report, name: str):  # noqa: ANN201
-    """The rows of the first edit."""
-    frame = report.frames.get(name)
-    if frame is None or "case" not in frame:
-        return frame
-    return frame[frame["case"] == 0].drop(columns="case")
+def strongest(report: Report, look: Look) -> Look:
+    """The same look at the head that does most for the new object after the edit."""
+    frame = report.frames["head_sources"]
+    mine = frame[(frame["case"] == 0) & (frame["state"] == "after") & (frame["candidate"] == "new")]
+    layer, head = mine.groupby(["layer", "head"])["contribution"].sum().idxmax()
+    return replace(look, place=Place(int(layer), "attn", int(head)))
 
 
 def save(chart: alt.LayerChart, path: Path) -> None:

@@ -17,7 +17,6 @@ characters are spelled out.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -25,12 +24,12 @@ from math import isfinite, log10
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from typing import Protocol as Interface
-from xml.etree import ElementTree
 
 import pandas as pd
 from markupsafe import Markup
 
 from mega_core import __version__
+from mega_core.documents import element, templates, visible
 from mega_core.evaluation import intervals
 from mega_core.evaluation.protocols import PROTOCOLS
 
@@ -413,11 +412,26 @@ def _headlines(protocol: str, columns: Sequence[_Column]) -> list[_Column]:
 # 2. -------------------------------------------------------------------------------------------------------------------
 
 
-def _protocol(name: str, frame: pd.DataFrame, methods: Sequence[str], draw: _Drawer) -> dict[str, Any]:
-    columns = _shown_columns(name, frame)
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One protocol's numbers, and what may be said of them."""
+
+    columns: Sequence[_Column]
+    """Its metrics that were measured, in order."""
+    cells: Mapping[str, Mapping[str, _Cell]]
+    """Metric -> method -> its number."""
+    marks: Mapping[str, Mapping[str, str]]
+    """Metric -> method -> "best", or "tied" with the best; empty where nothing can be told apart."""
+    said: Mapping[str, tuple[str, str]]
+    """Metric -> the methods that are best at it, and the rest of the sentence."""
+    headlines: Sequence[_Column]
+    """The metrics that the verdict speaks of."""
+
+
+def standing(protocol: str, frame: pd.DataFrame) -> Standing:
+    """What the rows of one protocol in a summary say."""
+    columns = _shown_columns(protocol, frame)
     table = {column.name: _cells(frame[frame["metric"] == column.name], column.unit) for column in columns}
-    present = [method for method in methods if any(method in cells for cells in table.values())]
-    counts = {metric: {cell.n for cell in cells.values()} for metric, cells in table.items()}
     marks: dict[str, dict[str, str]] = {}
     for column in columns:
         cells = table[column.name]
@@ -425,6 +439,15 @@ def _protocol(name: str, frame: pd.DataFrame, methods: Sequence[str], draw: _Dra
         edited = [method for method in cells if method != UNEDITED]
         told_apart = len(leaders) < len(edited) and column.unit != "bits"  # more entropy is not better text
         marks[column.name] = dict.fromkeys(leaders, "best" if len(leaders) == 1 else "tied") if told_apart else {}
+    said = {c.name: verdict for c in columns if (verdict := _verdict(c, table[c.name]))}
+    return Standing(columns, table, marks, said, [c for c in _headlines(protocol, columns) if c.name in said])
+
+
+def _protocol(name: str, frame: pd.DataFrame, methods: Sequence[str], draw: _Drawer) -> dict[str, Any]:
+    found = standing(name, frame)
+    columns, table, marks = found.columns, found.cells, found.marks
+    present = [method for method in methods if any(method in cells for cells in table.values())]
+    counts = {metric: {cell.n for cell in cells.values()} for metric, cells in table.items()}
     rows = [
         {
             "method": method,
@@ -447,7 +470,7 @@ def _protocol(name: str, frame: pd.DataFrame, methods: Sequence[str], draw: _Dra
         "columns": [(c, next(iter(counts[c.name])) if len(counts[c.name]) == 1 else None) for c in columns],
         "rows": rows,
         "marked": any(marks.values()),
-        "verdicts": [(c, *said) for c in _headlines(name, columns) if (said := _verdict(c, table[c.name]))],
+        "verdicts": [(column, *found.said[column.name]) for column in found.headlines],
         "charts": [chart for column, chart in charts if column.unit == "share"],
         "more": [chart for column, chart in charts if column.unit != "share"],
         "how": KINDS,
@@ -606,10 +629,10 @@ def _failures(plan: Plan, answers: pd.DataFrame, methods: Sequence[str]) -> list
     columns = {(str(name), c.name): c for name in dict.fromkeys(answers["protocol"]) for c in _columns(str(name))}
     counted = answers[answers["counts"].astype(bool)] if len(answers) else answers
     kinds = pd.MultiIndex.from_frame(counted[["protocol", "metric"]].astype(str))
-    signs = {kind: _sign(columns.get(kind)) for kind in kinds.unique()}
-    sign = kinds.map(signs).to_numpy(dtype="int64")
-    wrong = ((sign > 0) & (counted["value"] < 1)) | ((sign < 0) & (counted["value"] > 0))
-    counted = counted.assign(wrong=wrong)[sign != 0]
+    signs = {kind: sign(columns.get(kind)) for kind in kinds.unique()}
+    side = kinds.map(signs).to_numpy(dtype="int64")
+    wrong = ((side > 0) & (counted["value"] < 1)) | ((side < 0) & (counted["value"] > 0))
+    counted = counted.assign(wrong=wrong)[side != 0]
     before = _said_before(answers)
     found = []
     for method in methods:
@@ -632,7 +655,7 @@ def _failures(plan: Plan, answers: pd.DataFrame, methods: Sequence[str]) -> list
     return found
 
 
-def _sign(column: _Column | None) -> int:
+def sign(column: _Column | None) -> int:
     """1: an answer is right when its value is 1; -1: when it is 0; 0: it is no matter of right and wrong."""
     if column is None:
         return 1
@@ -820,40 +843,10 @@ def _entered(plan: Plan) -> list[tuple[str, str]]:
 
 # Text -----------------------------------------------------------------------------------------------------------------
 
-_BIDI = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
-
-
-def visible(text: str) -> str:
-    """The text with its control characters, direction marks and lone surrogates spelled out: "\\u202e"."""
-    return "".join(_spelled(c) if _hidden(c) else c for c in text)
-
-
-def _hidden(c: str) -> bool:
-    if c in "\n\t" or " " <= c <= "~":
-        return False
-    return unicodedata.category(c) in ("Cc", "Cs") or unicodedata.bidirectional(c) in _BIDI or c in "\u200e\u200f"
-
-
-def _spelled(c: str) -> str:
-    return f"\\x{ord(c):02x}" if ord(c) < 256 else f"\\u{ord(c):04x}"
-
 
 @lru_cache(1)
 def _template() -> Template:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    def finalize(value: object) -> object:
-        return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=finalize,
-    )
-    return environment.get_template("benchmark_report.html.jinja")
+    return templates(Path(__file__).parent).get_template("benchmark_report.html.jinja")
 
 
 # Pictures -------------------------------------------------------------------------------------------------------------
@@ -1077,7 +1070,7 @@ class _Drawer:
         }
         self.count += 1
         name = f"{_title(protocol)}, {of + ': ' if of else ''}{heading}"
-        return _Chart(protocol, heading, note, _svg(spec, f"c{self.count}", visible(name), visible(told)))
+        return _Chart(protocol, heading, note, _svg(spec, f"c{self.count}", name, told))
 
 
 def _points(curve: pd.DataFrame, unit: str) -> list[dict[str, Any]]:
@@ -1138,33 +1131,8 @@ def _method_axis(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"field": "method", "type": "nominal", "sort": None, "scale": {"paddingInner": 0.2}, "axis": axis}
 
 
-_NOT_NEEDED = ("role", "version", "pointer-events", "href", "font-family")
-_SPACE = re.compile(r"\{[^}]*\}")
-
-
 def _svg(spec: Mapping[str, Any], name: str, title: str, told: str) -> Markup:
-    """The picture as an element of the page: it scales and speaks. `name` begins the ids of title and description."""
+    """The picture as an element of the page. `name` begins the ids of title and description."""
     import vl_convert
 
-    root = ElementTree.fromstring(vl_convert.vegalite_to_svg(dict(spec), vl_version="5.20", allowed_base_urls=[]))
-    for element in root.iter():
-        element.tag = _SPACE.sub("", element.tag)
-        label = element.get("aria-label")
-        speaks = label is not None and element.get("role") == "graphics-symbol" and element.tag in ("path", "line")
-        for key in list(element.attrib):
-            value = element.attrib.pop(key)
-            key = _SPACE.sub("", key)
-            if key.startswith(("aria-", "xmlns")) or key in _NOT_NEEDED:
-                continue
-            element.attrib[key] = value
-        if speaks:
-            ElementTree.SubElement(element, "title").text = label
-    for parent in list(root.iter()):
-        for child in [c for c in parent if c.get("class") in ("background", "foreground")]:
-            parent.remove(child)
-    for index, (tag, text) in enumerate((("title", title), ("desc", told))):
-        element = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
-        element.text = text
-        root.insert(index, element)
-    root.attrib |= {"role": "img", "aria-labelledby": f"{name}-title", "aria-describedby": f"{name}-desc"}
-    return Markup(ElementTree.tostring(root, encoding="unicode"))
+    return element(vl_convert.vegalite_to_svg(dict(spec), vl_version="5.20", allowed_base_urls=[]), name, title, told)

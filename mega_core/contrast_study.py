@@ -91,10 +91,30 @@ def study(
         raise BadInput("methods", "names one twice, or none.", "For example: rome,memit,ft_m,ike.")
     if not requests:
         raise BadInput("edits", "there are none.", "Give at least one.")
-    rules = rules or contrast.Rules()
     found = _Found()
     for name in methods:
         _by_one(ask, name, requests, induced, found, report)
+    return _concluded(found, methods, len(requests), rules or contrast.Rules(), label, seed)
+
+
+def of_reports(
+    reports: Sequence[tuple[str, int, Report]], *, rules: contrast.Rules | None = None, label: str = "argmax"
+) -> Study:
+    """Steps 3 and 4 of runs that are there: (editor, number of the edit, report), each pair once. Nothing is induced.
+
+    Raises ActionableError where nothing counts, or nothing succeeded.
+    """
+    found = _Found()
+    for method, number, answer in reports:
+        _keep(answer, method, number, "", found, found.left_out.setdefault(method, Counter()))
+    edits = len({number for _, number, _ in reports})
+    return _concluded(found, tuple(found.left_out), edits, rules or contrast.Rules(), label, 0)
+
+
+def _concluded(
+    found: _Found, methods: Sequence[str], edits: int, rules: contrast.Rules, label: str, seed: int
+) -> Study:
+    """From rows to curves, region and verdicts."""
     if found.last is None or not found.runs:
         reasons = Counter(reason for each in found.left_out.values() for reason in each.elements())
         said = ", ".join(f"{reason} {count}" for reason, count in reasons.most_common())
@@ -110,7 +130,7 @@ def study(
             weights=found.last.model_digest,
             n_layers=curves.n_layers,
             methods=measured,
-            edits=len(requests),
+            edits=edits,
             seed=seed,
             basis=rules.basis,
             counts=counts,
@@ -191,7 +211,8 @@ def _runs(
 ) -> int:
     """Ask, and keep what counts; how many failed."""
     way, failed = _way(params), 0
-    with stage(report, f"{method} ({way})" if way else method, len(requests)) as step:
+    title = METHODS[method].title
+    with stage(report, f"{title} ({way})" if way else title, len(requests)) as step:
         for number, request in enumerate(requests):
             try:
                 answer = ask(method, request, params)
@@ -203,19 +224,23 @@ def _runs(
                 left_out[REFUSED] += 1
                 step()
                 continue
-            found.last = answer
-            run = _run(answer)
-            if isinstance(run, str):
-                left_out[run] += 1
-            else:
-                key = {"editor": method, "edit": number, "induced": way}
-                found.runs.append({**key, **run})
-                scores = answer.frames["module_scores"]
-                scores = scores[scores["case"] == 0].drop(columns="case")
-                found.scores.append(scores.assign(**key))
-                failed += not run["success"]
+            failed += _keep(answer, method, number, way, found, left_out)
             step()
     return failed
+
+
+def _keep(answer: Report, method: str, number: int, way: str, found: _Found, left_out: Counter[str]) -> bool:
+    """Add a report's rows, or count why it is left out; whether it is a failure that counts."""
+    found.last = answer
+    run = _run(answer)
+    if isinstance(run, str):
+        left_out[run] += 1
+        return False
+    key = {"editor": method, "edit": number, "induced": way}
+    found.runs.append({**key, **run})
+    scores = answer.frames["module_scores"]
+    found.scores.append(scores[scores["case"] == 0].drop(columns="case").assign(**key))
+    return not run["success"]
 
 
 def _run(answer: Report) -> dict[str, Any] | str:

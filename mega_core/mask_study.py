@@ -154,7 +154,7 @@ def edit_all(
     found: list[Edit] = []
     refused: list[str] = []
     groups: list[Sequence[EditRequest]] = [requests] if together else [[request] for request in requests]
-    with stage(report, f"{method} edits", len(groups)) as step:
+    with stage(report, f"{METHODS[method].title} edits", len(groups)) as step:
         for group in groups:
             try:
                 change = one_edit(lm, ref, group, seed)

@@ -20,7 +20,7 @@ import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from math import isfinite
 from pathlib import Path
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 MAX_NOTE, MAX_NAME, MAX_TAG, MAX_TAGS, MAX_PAGE = 10_000, 200, 40, 20, 500
 MAX_METRICS_BYTES = 64 * 2**10
+MAX_REVIEWER, MAX_QUEUE = 60, 500
 
 VERDICTS = ("works", "partial", "fails", "unsure")
 FAILURES = (
@@ -56,6 +57,7 @@ FAILURES = (
 )
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_TOKEN = re.compile(r"[A-Za-z0-9_-]{16,64}")
 _MIGRATION_LOCK = 0x6D656761  # any number, the same in every process of this app
 
 
@@ -119,8 +121,51 @@ class Entry:
 
     run: Run
     tags: tuple[str, ...]
+    """Of everybody; in the list of a session its own, and those without an author."""
     notes: tuple[Note, ...]
     verdicts: tuple[Verdict, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewQueue:
+    """Runs that several people review. Whoever knows the token may."""
+
+    token: str
+    title: str
+    owner: str
+    """The session that made it; only that one may delete it."""
+    created: datetime
+    size: int
+    """How many runs are in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Opinion:
+    """What one person says of one run. Every part may be left out."""
+
+    verdict: str = ""
+    """One of VERDICTS, or empty."""
+    failure: str = ""
+    """One of FAILURES, or empty."""
+    severity: int = 0
+    """0 (not given) to 3 (worst)."""
+    tags: tuple[str, ...] = ()
+    note: str = ""
+
+    @property
+    def judged(self) -> bool:
+        """Whether it has a verdict or a failure type: then the run counts as reviewed."""
+        return bool(self.verdict or self.failure)
+
+
+@dataclass(frozen=True, slots=True)
+class ReviewLabel:
+    """One reviewer's opinion of one run of a queue."""
+
+    digest: str
+    reviewer: str
+    said: Opinion
+    updated: datetime
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +245,14 @@ NOTES = sa.Table(
     sa.Column("created", _Utc, nullable=False),
     sa.Column("updated", _Utc, nullable=False),
 )
-TAGS = sa.Table("tags", METADATA, _of_run(), sa.Column("tag", sa.Text, primary_key=True), sa.Index("tags_tag", "tag"))
+TAGS = sa.Table(
+    "tags",
+    METADATA,
+    _of_run(),
+    sa.Column("author", sa.Text, primary_key=True),
+    sa.Column("tag", sa.Text, primary_key=True),
+    sa.Index("tags_tag", "tag"),
+)
 VERDICT_ROWS = sa.Table(
     "verdicts",
     METADATA,
@@ -210,6 +262,37 @@ VERDICT_ROWS = sa.Table(
     sa.Column("failure", sa.Text, nullable=False),
     sa.Column("severity", sa.Integer, nullable=False),
     sa.Column("updated", _Utc, nullable=False),
+)
+REVIEW_QUEUES = sa.Table(
+    "review_queues",
+    METADATA,
+    sa.Column("token", sa.String(64), primary_key=True),
+    sa.Column("title", sa.Text, nullable=False),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("created", _Utc, nullable=False),
+    sa.Index("review_queues_owner", "owner", "created"),
+)
+REVIEW_ITEMS = sa.Table(
+    "review_items",
+    METADATA,
+    sa.Column("queue", sa.String(64), sa.ForeignKey("review_queues.token", ondelete="CASCADE"), primary_key=True),
+    _of_run(),
+    sa.Column("place", sa.Integer, nullable=False),
+    sa.Index("review_items_digest", "digest"),
+)
+REVIEW_LABELS = sa.Table(
+    "review_labels",
+    METADATA,
+    sa.Column("queue", sa.String(64), primary_key=True),
+    sa.Column("digest", sa.String(64), primary_key=True),
+    sa.Column("reviewer", sa.Text, primary_key=True),
+    sa.Column("verdict", sa.Text, nullable=False),
+    sa.Column("failure", sa.Text, nullable=False),
+    sa.Column("severity", sa.Integer, nullable=False),
+    sa.Column("tags", sa.Text, nullable=False),
+    sa.Column("note", sa.Text, nullable=False),
+    sa.Column("updated", _Utc, nullable=False),
+    sa.ForeignKeyConstraint(["queue", "digest"], ["review_items.queue", "review_items.digest"], ondelete="CASCADE"),
 )
 
 
@@ -317,31 +400,28 @@ class Notebook:
             _upsert(connection, NOTES, ("digest", "author"), row, keep=("created",))
             return Note(**connection.execute(sa.select(NOTES).where(mine)).one()._mapping)
 
-    def set_tags(self, digest: str, tags: Iterable[str]) -> tuple[str, ...]:
-        """Replace the tags of a run; they are case-folded, deduplicated and sorted."""
-        wanted = sorted({_folded(_text("tag", tag, MAX_TAG)) for tag in _several("tags", tags)})
-        if len(wanted) > MAX_TAGS:
-            raise BadInput("tags", f"{len(wanted)} tags, the limit is {MAX_TAGS}.", "Leave some out.")
+    def set_tags(self, digest: str, tags: Iterable[str], author: str = "") -> tuple[str, ...]:
+        """Replace an author's tags of a run; they are case-folded, deduplicated and sorted."""
+        wanted = _tags(tags)
+        author = _text("author", author, MAX_NAME, empty=True)
         with self._writing("save the tags") as connection:
             _must_exist(connection, digest)
-            connection.execute(sa.delete(TAGS).where(TAGS.c.digest == digest))
+            connection.execute(sa.delete(TAGS).where(TAGS.c.digest == digest, TAGS.c.author == author))
             if wanted:
-                connection.execute(sa.insert(TAGS), [{"digest": digest, "tag": tag} for tag in wanted])
+                rows = [{"digest": digest, "author": author, "tag": tag} for tag in wanted]
+                connection.execute(sa.insert(TAGS), rows)
         return tuple(wanted)
 
     def set_verdict(
         self, digest: str, verdict: str, failure: str = "", severity: int = 0, author: str = ""
     ) -> Verdict | None:
-        """Write an author's verdict on a run; an empty verdict removes it."""
+        """Write an author's verdict on a run; one that says nothing removes it."""
         author = _text("author", author, MAX_NAME, empty=True)
-        if verdict and verdict not in VERDICTS:
-            raise UnknownName("verdict", str(verdict), VERDICTS)
-        if failure and failure not in FAILURES:
-            raise UnknownName("failure type", str(failure), FAILURES)
-        made = Verdict(digest, author, verdict, failure, _whole("severity", severity, 0, 3), datetime.now(UTC))
+        _judgement(verdict, failure, severity)
+        made = Verdict(digest, author, verdict, failure, severity, datetime.now(UTC))
         with self._writing("save the verdict") as connection:
             _must_exist(connection, digest)
-            if not verdict:
+            if not (verdict or failure or severity):
                 mine = sa.and_(VERDICT_ROWS.c.digest == digest, VERDICT_ROWS.c.author == author)
                 connection.execute(sa.delete(VERDICT_ROWS).where(mine))
                 return None
@@ -351,6 +431,7 @@ class Notebook:
     def delete_run(self, digest: str, session: str | None = None) -> bool:
         """Delete a run with its notes, tags and verdicts; given a session only its visit, while others remain.
 
+        A run that a review queue holds stays there, without what was written outside the queue, until the queue goes.
         True when there was something to delete.
         """
         if not _DIGEST.fullmatch(str(digest)):
@@ -365,6 +446,10 @@ class Notebook:
                 if latest is not None:  # the run now belongs to whoever asked last among those who remain
                     values = {"session": latest.session, "created": latest.created}
                     connection.execute(sa.update(RUNS).where(RUNS.c.digest == digest).values(**values))
+                    return True
+                if connection.scalar(sa.select(REVIEW_ITEMS.c.queue).where(REVIEW_ITEMS.c.digest == digest).limit(1)):
+                    for table in (NOTES, TAGS, VERDICT_ROWS):
+                        connection.execute(sa.delete(table).where(table.c.digest == digest))
                     return True
             return bool(connection.execute(sa.delete(RUNS).where(RUNS.c.digest == digest)).rowcount)
 
@@ -386,15 +471,15 @@ class Notebook:
         """Runs with all that was asked for, newest first.
 
         Every word of `text` must occur in the filled prompt, the objects, the model, the method or the digest, without
-        regard to case; `verdict` is the numbers' or any person's; `session` restricts to what that session asked;
-        `unreviewed` to runs without a person's verdict.
+        regard to case; `verdict` is the numbers' or a person's; `session` restricts to what that session asked, and
+        to its own verdicts; `unreviewed` to runs without a person's verdict.
         """
         limit, offset = _whole("limit", limit, 1, MAX_PAGE), _whole("offset", offset, 0, 2**31)
         chosen = self._select(text, model, method, tag, verdict, session, unreviewed)
         created = VISITS.c.created if session else RUNS.c.created
         chosen = chosen.order_by(created.desc(), RUNS.c.digest).limit(limit).offset(offset)
         with self._reading() as connection:
-            return _entries(connection, connection.execute(chosen).all())
+            return _entries(connection, connection.execute(chosen).all(), session)
 
     def count(
         self,
@@ -412,28 +497,31 @@ class Notebook:
         with self._reading() as connection:
             return connection.scalar(sa.select(sa.func.count()).select_from(chosen)) or 0
 
-    def get(self, digest: str) -> Entry | None:
-        """One run by its digest, or None."""
+    def get(self, digest: str, session: str = "") -> Entry | None:
+        """One run by its digest, or None; with a session as in its list."""
         if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
             return None
         with self._reading() as connection:
-            entries = _entries(connection, connection.execute(sa.select(RUNS).where(RUNS.c.digest == digest)).all())
+            chosen = sa.select(RUNS).where(RUNS.c.digest == digest)
+            entries = _entries(connection, connection.execute(chosen).all(), session)
         return entries[0] if entries else None
 
-    def choices(self) -> dict[str, tuple[str, ...]]:
-        """The models, methods and tags that occur, for filter menus."""
-        columns = {"model": RUNS.c.model, "method": RUNS.c.method, "tag": TAGS.c.tag}
+    def choices(self, session: str) -> dict[str, tuple[str, ...]]:
+        """The models, methods and tags that occur in a session's history, for filter menus."""
+        mine = sa.select(VISITS.c.digest).where(VISITS.c.session == session)
+        wanted = {
+            "model": sa.select(RUNS.c.model).where(RUNS.c.digest.in_(mine)),
+            "method": sa.select(RUNS.c.method).where(RUNS.c.digest.in_(mine)),
+            "tag": sa.select(TAGS.c.tag).where(TAGS.c.digest.in_(mine), TAGS.c.author.in_(("", session))),
+        }
         with self._reading() as connection:
-            return {
-                name: tuple(sorted(connection.scalars(sa.select(column).distinct()).all()))
-                for name, column in columns.items()
-            }
+            return {name: tuple(sorted(connection.scalars(of.distinct()).all())) for name, of in wanted.items()}
 
     def export(self, session: str = "") -> list[dict[str, Any]]:
         """Everything, oldest first, as plain JSON values (times in ISO 8601)."""
         chosen = self._select("", "", "", "", "", session, False).order_by(RUNS.c.created, RUNS.c.digest)
         with self._reading() as connection:
-            return [_plain(entry) for entry in _entries(connection, connection.execute(chosen).all())]
+            return [_plain(entry) for entry in _entries(connection, connection.execute(chosen).all(), session)]
 
     def _select(
         self, text: str, model: str, method: str, tag: str, verdict: str, session: str, unreviewed: bool
@@ -452,13 +540,117 @@ class Notebook:
             chosen = chosen.where(RUNS.c.method == _searchable(method))
         if tag:
             tagged = sa.select(TAGS.c.digest).where(TAGS.c.tag == _folded(_searchable(tag)))
+            tagged = tagged.where(TAGS.c.author.in_(("", session))) if session else tagged
             chosen = chosen.where(RUNS.c.digest.in_(tagged))
+        mine = VERDICT_ROWS.c.author.in_(("", session)) if session else sa.true()
         if verdict:
-            judged = sa.select(VERDICT_ROWS.c.digest).where(VERDICT_ROWS.c.verdict == _searchable(verdict))
+            judged = sa.select(VERDICT_ROWS.c.digest).where(mine, VERDICT_ROWS.c.verdict == _searchable(verdict))
             chosen = chosen.where(sa.or_(RUNS.c.verdict == _searchable(verdict), RUNS.c.digest.in_(judged)))
         if unreviewed:
-            chosen = chosen.where(RUNS.c.digest.not_in(sa.select(VERDICT_ROWS.c.digest)))
+            chosen = chosen.where(RUNS.c.digest.not_in(sa.select(VERDICT_ROWS.c.digest).where(mine)))
         return chosen
+
+    # Review queues
+
+    def add_queue(self, token: str, title: str, owner: str, digests: Sequence[str]) -> ReviewQueue:
+        """Make a queue of runs of this owner, in this order. Raises BadInput on none, too many, or a run that is not
+        in the owner's history.
+        """
+        if not _TOKEN.fullmatch(token):
+            raise BadInput("token", "is not 16 to 64 letters and digits.", "Use secrets.token_urlsafe.")
+        wanted = list(dict.fromkeys(_digest(digest) for digest in _several("runs", digests)))
+        if not 1 <= len(wanted) <= MAX_QUEUE:
+            raise BadInput("runs", f"{len(wanted):,} chosen.", f"Choose 1 to {MAX_QUEUE}.")
+        made = ReviewQueue(
+            token, _text("title", title, MAX_NAME), _text("owner", owner, MAX_NAME), datetime.now(UTC), len(wanted)
+        )
+        with self._writing("make the queue") as connection:
+            mine = sa.select(VISITS.c.digest).where(VISITS.c.session == made.owner, VISITS.c.digest.in_(wanted))
+            if missing := set(wanted) - set(connection.scalars(mine)):
+                raise BadInput(
+                    "runs", f"{len(missing)} are not in your history.", "Open them first, or leave them out."
+                )
+            values = {"token": token, "title": made.title, "owner": made.owner, "created": made.created}
+            connection.execute(sa.insert(REVIEW_QUEUES), values)
+            items = [{"queue": token, "digest": digest, "place": place} for place, digest in enumerate(wanted)]
+            connection.execute(sa.insert(REVIEW_ITEMS), items)
+        return made
+
+    def queue(self, token: str) -> ReviewQueue | None:
+        """One queue by its token, or None; safe with any text."""
+        if not isinstance(token, str) or not _TOKEN.fullmatch(token):
+            return None
+        with self._reading() as connection:
+            found = connection.execute(_queues().where(REVIEW_QUEUES.c.token == token)).one_or_none()
+        return None if found is None else ReviewQueue(**found._mapping)
+
+    def queues(self, owner: str) -> list[ReviewQueue]:
+        """The queues that this session made, newest first."""
+        chosen = _queues().where(REVIEW_QUEUES.c.owner == owner)
+        with self._reading() as connection:
+            rows = connection.execute(chosen.order_by(REVIEW_QUEUES.c.created.desc(), REVIEW_QUEUES.c.token)).all()
+        return [ReviewQueue(**row._mapping) for row in rows]
+
+    def delete_queue(self, token: str, owner: str) -> bool:
+        """Delete a queue of this owner with every label in it, and the runs that only it still held."""
+        with self._writing("delete the queue") as connection:
+            held = list(connection.scalars(sa.select(REVIEW_ITEMS.c.digest).where(REVIEW_ITEMS.c.queue == token)))
+            mine = sa.and_(REVIEW_QUEUES.c.token == token, REVIEW_QUEUES.c.owner == owner)
+            if not connection.execute(sa.delete(REVIEW_QUEUES).where(mine)).rowcount:
+                return False
+            wanted = [sa.select(table.c.digest).where(table.c.digest.in_(held)) for table in (VISITS, REVIEW_ITEMS)]
+            kept = {digest for one in wanted for digest in connection.scalars(one)}
+            connection.execute(sa.delete(RUNS).where(RUNS.c.digest.in_([d for d in held if d not in kept])))
+        return True
+
+    def queue_runs(self, token: str) -> list[Run]:
+        """The runs of a queue in its order. What people wrote on them elsewhere is not part of it."""
+        chosen = sa.select(RUNS).join(REVIEW_ITEMS).where(REVIEW_ITEMS.c.queue == token).order_by(REVIEW_ITEMS.c.place)
+        with self._reading() as connection:
+            return [_run(row._mapping) for row in connection.execute(chosen)]
+
+    def labels(self, token: str, digest: str = "") -> list[ReviewLabel]:
+        """What has been said in a queue, of every run or of one, by run and reviewer."""
+        chosen = sa.select(REVIEW_LABELS).where(REVIEW_LABELS.c.queue == token)
+        if digest:
+            chosen = chosen.where(REVIEW_LABELS.c.digest == digest)
+        with self._reading() as connection:
+            rows = connection.execute(chosen.order_by(REVIEW_LABELS.c.digest, REVIEW_LABELS.c.reviewer)).all()
+        return [_label(row._mapping) for row in rows]
+
+    def set_labels(self, token: str, labels: Iterable[ReviewLabel], *, newer: bool = False) -> int:
+        """Write opinions of runs of a queue; an empty one removes its label. All of them or none.
+
+        With `newer` a label gives way only to one that was written later. How many were written. Raises BadInput on an
+        opinion that breaks a limit, UnknownName on a run that is not in the queue.
+        """
+        checked = [_checked(label) for label in labels]
+        keys = ("queue", "digest", "reviewer")
+        done = 0
+        with self._writing("save the review") as connection:
+            held = set(connection.scalars(sa.select(REVIEW_ITEMS.c.digest).where(REVIEW_ITEMS.c.queue == token)))
+            for label in checked:
+                if label.digest not in held:
+                    raise UnknownName("run in this queue", label.digest, sorted(held)[:3])
+                mine = sa.and_(
+                    REVIEW_LABELS.c.queue == token,
+                    REVIEW_LABELS.c.digest == label.digest,
+                    REVIEW_LABELS.c.reviewer == label.reviewer,
+                )
+                if newer:
+                    before = connection.scalar(sa.select(REVIEW_LABELS.c.updated).where(mine))
+                    if before is not None and before >= label.updated:
+                        continue
+                done += 1
+                if label.said == Opinion():
+                    connection.execute(sa.delete(REVIEW_LABELS).where(mine))
+                    continue
+                said = {**asdict(label.said), "tags": json.dumps(label.said.tags, ensure_ascii=False)}
+                row = {
+                    "queue": token, "digest": label.digest, "reviewer": label.reviewer, "updated": label.updated, **said
+                }  # fmt: skip
+                _upsert(connection, REVIEW_LABELS, keys, row)
+        return done
 
     # Connections
 
@@ -643,8 +835,11 @@ def _must_exist(connection: Connection, digest: str) -> None:
         raise UnknownName("run", str(digest), recent)
 
 
-def _entries(connection: Connection, rows: Sequence[sa.Row[Any]]) -> list[Entry]:
-    """The runs of these rows, in their order, with what is attached to them: three queries whatever their number."""
+def _entries(connection: Connection, rows: Sequence[sa.Row[Any]], reader: str = "") -> list[Entry]:
+    """The runs of these rows, in their order, with what is attached to them: three queries whatever their number.
+
+    With a reader, tags are those of this session and of nobody in particular.
+    """
     digests = [row.digest for row in rows]
 
     def attached(table: sa.Table, *order: sa.Column[Any]) -> dict[str, list[Any]]:
@@ -661,7 +856,9 @@ def _entries(connection: Connection, rows: Sequence[sa.Row[Any]]) -> list[Entry]
     return [
         Entry(
             run=_run(row._mapping),
-            tags=tuple(sorted(tag["tag"] for tag in tags.get(row.digest, ()))),
+            tags=tuple(
+                sorted({t["tag"] for t in tags.get(row.digest, ()) if not reader or t["author"] in ("", reader)})
+            ),
             notes=tuple(Note(**note) for note in notes.get(row.digest, ())),
             verdicts=tuple(Verdict(**verdict) for verdict in verdicts.get(row.digest, ())),
         )
@@ -672,6 +869,17 @@ def _entries(connection: Connection, rows: Sequence[sa.Row[Any]]) -> list[Entry]
 def _run(row: Mapping[Any, Any]) -> Run:
     values = {name: value for name, value in row.items() if name != "search"}
     return Run(**{**values, "metrics": json.loads(values["metrics"])})
+
+
+def _queues() -> sa.Select[Any]:
+    """Queues with the number of their runs."""
+    size = sa.select(sa.func.count()).where(REVIEW_ITEMS.c.queue == REVIEW_QUEUES.c.token).scalar_subquery()
+    return sa.select(REVIEW_QUEUES, size.label("size"))
+
+
+def _label(row: Mapping[Any, Any]) -> ReviewLabel:
+    said = Opinion(row["verdict"], row["failure"], row["severity"], tuple(json.loads(row["tags"])), row["note"])
+    return ReviewLabel(row["digest"], row["reviewer"], said, row["updated"])
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
@@ -721,6 +929,34 @@ def _several(name: str, values: Iterable[str]) -> list[str]:
     if isinstance(values, str):
         raise BadInput(name, "expected a list, got one text.", "Give a list of texts.")
     return list(values)
+
+
+def _tags(tags: Iterable[str]) -> list[str]:
+    """Case-folded, deduplicated, sorted."""
+    wanted = sorted({_folded(_text("tag", tag, MAX_TAG)) for tag in _several("tags", tags)})
+    if len(wanted) > MAX_TAGS:
+        raise BadInput("tags", f"{len(wanted)} tags, the limit is {MAX_TAGS}.", "Leave some out.")
+    return wanted
+
+
+def _judgement(verdict: str, failure: str, severity: int) -> None:
+    if verdict and verdict not in VERDICTS:
+        raise UnknownName("verdict", str(verdict), VERDICTS)
+    if failure and failure not in FAILURES:
+        raise UnknownName("failure type", str(failure), FAILURES)
+    _whole("severity", severity, 0, 3)
+
+
+def _checked(label: ReviewLabel) -> ReviewLabel:
+    said = label.said
+    _judgement(said.verdict, said.failure, said.severity)
+    note = _text("note", said.note, MAX_NOTE, empty=True, lines=True)
+    return ReviewLabel(
+        _digest(label.digest),
+        _text("reviewer name", label.reviewer, MAX_REVIEWER),
+        replace(said, tags=tuple(_tags(said.tags)), note=note),
+        _time(label.updated),
+    )
 
 
 def _digest(digest: str) -> str:

@@ -2,7 +2,7 @@
 
 Environment: MEGA_CACHE_DIR, MEGA_DATABASE_URL, MEGA_DEVICE, MEGA_DEVICE_MAP, MEGA_MEMORY_GB, MEGA_MAX_MODELS,
 MEGA_MODELS, MEGA_MAX_QUEUE, MEGA_MAX_QUEUE_PER_SESSION, MEGA_JOB_SECONDS, MEGA_MAX_NEW_TOKENS, MEGA_STORE_GB,
-MEGA_EXECUTOR.
+MEGA_EXECUTOR, MEGA_DETECT_DIRS.
 
 Models come from models.toml beside this file; the TOML file named by MEGA_MODELS adds models or overrides them by name.
 """
@@ -137,6 +137,8 @@ class Settings:
     """Size of the result store."""
     executor: str = "local"
     """Where the dashboard's benchmarks run: local or ray."""
+    detect_dirs: tuple[Path, ...] = ()
+    """Folders whose models the dashboard may search for edits: the model folders in or below them."""
     hub_cache: Path | None = None
     """Where downloaded models lie; None is the hub library's own default."""
     models: Mapping[str, ModelEntry] = field(default_factory=dict)
@@ -176,6 +178,7 @@ class Settings:
             max_new_tokens=_count(env, "MEGA_MAX_NEW_TOKENS", 64),
             store_gb=_number(env, "MEGA_STORE_GB", 1.0),
             executor=executor,
+            detect_dirs=_folders(env, "MEGA_DETECT_DIRS"),
             hub_cache=_hub_cache(env),
             models=catalogue,
         )
@@ -429,6 +432,18 @@ def _number(env: Mapping[str, str], key: str, default: float) -> float:
     if not 0 < value < 1e9:  # also refuses nan and infinity
         raise BadInput(key, f"{text[:40]!r} is not a number above 0.", "Correct or unset it.")
     return value
+
+
+def _folders(env: Mapping[str, str], name: str) -> tuple[Path, ...]:
+    """Folders divided by commas or by the system's separator of paths. Raises BadInput on one that isn't there."""
+    found = []
+    for text in re.split(f"[,{re.escape(os.pathsep)}]", env.get(name, "")):
+        if text.strip():
+            folder = Path(text.strip()).expanduser()
+            if not folder.is_dir():
+                raise BadInput(name, f"there is no folder {text.strip()[:200]!r}.", "Correct or unset it.")
+            found.append(folder)
+    return tuple(found)
 
 
 def _count(env: Mapping[str, str], key: str, default: int) -> int:

@@ -4,7 +4,17 @@ import streamlit as st
 
 from mega_core.errors import ActionableError
 from mega_core.jobs import JobView
-from pages.components import anatomy_map, edit_states, frame, progress, report_view, request_form
+from pages.components import (
+    anatomy_map,
+    edit_headline,
+    edit_stack,
+    edit_states,
+    edit_strength,
+    frame,
+    progress,
+    report_view,
+    request_form,
+)
 from pages.components.session import owner, service, show_run, shown_run, tell
 
 frame.enter()
@@ -42,7 +52,7 @@ if report is None:
         "happened."
     )
 else:
-    report_view.headline(report, share_base=st.context.url.split("?")[0] if st.context.url else "")
+    edit_headline.draw(report)
 
 left, right = st.columns([1, 2], gap="large")
 with left:
@@ -61,8 +71,11 @@ with right:
         progress.failure("edit")
         edit_states.nothing_yet()
 if report is not None:
+    edit_strength.draw(report)
     report_view.evidence(report)
     anatomy_map.draw(report)
+    edit_headline.ways(report, {"anatomy": "Look deeper into this run: heads, neurons, lens, causal trace"})
     report_view.receipt(report)
+    edit_stack.draw(report)
 elif asked is None:
     request_form.warm_up()  # whoever comes without a finished run is about to ask for one

@@ -10,6 +10,16 @@ from pages.components.session import owner, service
 from pages.components.text import md
 from pages.components.words import PRIVACY
 
+WAYS = {
+    "edit": "Change one fact, by any of the methods, and read what it did.",
+    "compare": "The same fact by several methods, side by side.",
+    "anatomy": "Which layers, heads and neurons carry an edit.",
+    "contrast": "What edits that work have in common, and those that fail.",
+    "multihop": "Whether questions over two facts follow the edit.",
+    "benchmark": "Many edits at once, with intervals.",
+}
+"""What a person can do here, by page."""
+
 frame.enter()
 desk = service()
 
@@ -48,6 +58,14 @@ else:
         if st.button("Go to the edit trial", type="primary", icon=":material/edit_note:"):
             st.switch_page("pages/edit.py")
 
+st.header("What you can do here", anchor=False)
+pages = {info.name: info for info in frame.PAGES}
+for first in range(0, len(WAYS), 3):
+    for column, name in zip(st.columns(3, gap="medium"), list(WAYS)[first : first + 3], strict=True):
+        with column.container(gap=None):
+            st.page_link(pages[name].file, label=f"**{pages[name].title}**", icon=pages[name].icon)
+            st.caption(WAYS[name])
+
 left, right = st.columns([3, 2], gap="large")
 with left:
     st.header("Models", anchor=False)
@@ -55,32 +73,29 @@ with left:
     st.dataframe(
         [
             {
-                "ready": "✓ here" if info.available else "○ not here",
                 "model": info.title,
+                "ready": "✓ ready" if info.available else "○ to be added",
                 "parameters": info.parameters / 1e6 if info.parameters else None,
                 "memory": info.memory_gb,
-                "needs": "nothing, it ships with the app"
-                if info.embedded and info.available
-                else info.reason or "ready to use",
             }
             for info in models
         ],
         hide_index=True,
         column_config={
-            "ready": st.column_config.TextColumn("", width=80),
-            "model": st.column_config.TextColumn("Model", width=190),
-            "parameters": st.column_config.NumberColumn("Parameters", format="%.0f M", width=95),
-            "memory": st.column_config.NumberColumn("Memory", format="%.1f GB", width=80),
-            "needs": st.column_config.TextColumn("Needs"),
+            "model": st.column_config.TextColumn("Model", width=180),
+            "ready": st.column_config.TextColumn("Here", width=90),
+            "parameters": st.column_config.NumberColumn("Size", format="%.0f M", width=66, help="Parameters"),
+            "memory": st.column_config.NumberColumn("Needs", format="%.1f GB", width=70, help="Memory for an edit"),
         },
         key="models_table",
         alt="Models of the catalogue, which of them are on this machine, and what they need",
     )
+    st.caption("Small teaching models ship with the app and need nothing. Their results are no evidence about others.")
     missing = [info for info in models if not info.available and info.how]
     if missing:
         with st.expander("How to add a model", icon=":material/add_circle:"):
             for info in missing:
-                st.markdown(f"**{md(info.title)}**: {md(info.how)}")
+                st.markdown(f"**{md(info.title)}**: {md(info.reason)} {md(info.how)}")
 with right:
     st.header("Where you left off", anchor=False)
     recent = desk.runs(session=owner(), limit=5)

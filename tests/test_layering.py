@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import what stands in a row above, and its own package. In "free" rows modules may import each other.
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("free", ("", "records", "frames", "events", "errors", "keys", "params", "cases")),  # "": mega_core/__init__.py
-    ("free", ("registry", "store", "notebook", "settings", "migrations", "summary", "folders", "regions")),
+    ("free", ("registry", "store", "notebook", "settings", "migrations", "summary", "folders", "documents", "regions")),
     ("apart", ("models",)),
     ("apart", ("changes", "embedded")),
     ("apart", ("methods", "attribution", "masking", "evaluation", "datasets")),
@@ -49,6 +49,7 @@ RANK = {name: rank for rank, (_, names) in enumerate(ROWS) for name in names}
 
 # Pages draw what the service hands them: plain values, the words they are written in, and their table columns.
 PAGES_MAY_USE = {"records", "params", "frames", "errors", "events", "service", "jobs", "notebook", "summary", ""}
+PAGES_MAY_USE |= {"documents"}
 # From below the service only what describes things and computes nothing on a model.
 PAGES_MAY_ALSO_USE = {"mega_core.methods.base", "mega_core.evaluation.metrics", "mega_core.evaluation.text"}
 # What has to start fast: the first page and the command line's help are drawn before torch is imported.

@@ -1,13 +1,16 @@
 """What pages and the command line may call. Plain frozen values in and out; torch enters in worker threads only.
 
 `Service` asks single questions, keeps the history and says how the app is; its parts do the rest, each in a file:
-`stacks`, `studies`, `masks`, `benchmarks`, `chains`, `reviews`, `sharing`, `steering`. All of them stand on `core`.
+`stacks`, `studies`, `masks`, `benchmarks`, `chains`, `reviews`, `sharing`, `steering`, `comparisons`, `checks`. All of
+them stand on `core`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
+import secrets
 import struct
 import threading
 from collections import OrderedDict
@@ -23,6 +26,7 @@ from mega_core import __version__
 from mega_core.attribution import VIEWS
 from mega_core.embedded import examples as shipped
 from mega_core.embedded import facts as known
+from mega_core.embedded import seconds as measured_seconds
 from mega_core.embedded.examples import Example
 from mega_core.errors import ActionableError, BadInput, Busy, StoreError, TimedOut
 from mega_core.events import Cancelled, Reporter, silent, stage
@@ -34,6 +38,8 @@ from mega_core.notebook import Entry, Note, Notebook, Verdict
 from mega_core.records import MAX_TEMPLATE, EditRequest, Inspection, Report, Scalar, clean_text
 from mega_core.service.benchmarks import Benchmarks, Sweep
 from mega_core.service.chains import Chains
+from mega_core.service.checks import Checks
+from mega_core.service.comparisons import Comparisons
 from mega_core.service.core import Core, Pool, torch_if_there
 from mega_core.service.masks import Masks
 from mega_core.service.reviews import Reviews
@@ -41,7 +47,7 @@ from mega_core.service.sharing import Sharing
 from mega_core.service.stacks import Held, StackCheck, StackedEdit, Stacks
 from mega_core.service.steering import Steering
 from mega_core.service.studies import Studies
-from mega_core.service.told import PROMISES, Answer, Condition, MethodInfo, ModelInfo, Status, ViewInfo
+from mega_core.service.told import PROMISES, Answer, Condition, Gpu, MethodInfo, ModelInfo, Status, ViewInfo
 from mega_core.settings import ModelEntry, Settings
 from mega_core.store import Store
 
@@ -91,6 +97,8 @@ class Service:
         self.reviews = Reviews(self.core)
         self.sharing = Sharing(self.core)
         self.steering = Steering(self.core)
+        self.comparisons = Comparisons(self.core)
+        self.checks = Checks(self.core)
         self._lock = threading.Lock()
         self._answers: OrderedDict[str, Answer] = OrderedDict()
         self._askers: dict[str, set[str]] = {}
@@ -148,20 +156,22 @@ class Service:
         return tuple(ViewInfo(view.name, view.title, view.summary, view.frames, view.knobs()) for view in VIEWS)
 
     def seconds_estimate(self, model: str, method: str) -> float | None:
-        """What such an edit takes: the mean of earlier runs here, else the shipped examples scaled by parameters."""
+        """What such an edit takes: the mean of earlier runs here, else as measured on the embedded models, for other
+        models scaled by parameters.
+        """
         seen = self.core.timings.get((model, method))
         if seen:
             return fmean(tuple(seen))
-        examples = [example for example in self.examples() if example.method == method]
-        same = [example.seconds for example in examples if example.model == model]
-        if same:
-            return fmean(same)
+        table = measured_seconds.load()
+        known_here = table.get(model, {}).get(method)
+        if known_here is not None:
+            return known_here
         target = self._parameters(self.settings.model(model))
         scaled = [
-            example.seconds * max(1.0, target / size)
-            for example in examples
-            if target and example.model in self.settings.models
-            and (size := self._parameters(self.settings.model(example.model)))
+            seconds[method] * max(1.0, target / size)
+            for name, seconds in table.items()
+            if target and method in seconds and name in self.settings.models
+            and (size := self._parameters(self.settings.models[name]))
         ]  # fmt: skip
         return fmean(scaled) if scaled else None
 
@@ -303,6 +313,11 @@ class Service:
                     except ActionableError as error:
                         found[digest] = f"{error.what} {error.next_step}"
                         report(EventNote(f"{plan.method.name}: {found[digest]}"))
+                    except Exception as error:
+                        number = secrets.token_hex(4)
+                        log.error("%s failed in a comparison, error id %s", plan.method.name, number, exc_info=error)
+                        found[digest] = f"Something went wrong inside. Look for error id {number} in the server's log."
+                        report(EventNote(f"{plan.method.name}: {found[digest]}"))
                     step()
             return found
 
@@ -383,17 +398,17 @@ class Service:
         """One run with its notes, tags and verdicts, or None."""
         return self.core.notebook.get(digest)
 
-    def run_choices(self) -> dict[str, tuple[str, ...]]:
-        """Models, methods and tags that occur in the history."""
-        return self.core.notebook.choices()
+    def run_choices(self, owner: str) -> dict[str, tuple[str, ...]]:
+        """Models, methods and tags that occur in an owner's history."""
+        return self.core.notebook.choices(owner)
 
     def note(self, digest: str, text: str, author: str = "") -> Note | None:
         """Write an author's note on a run; an empty text removes it."""
         return self.core.notebook.set_note(digest, text, author)
 
-    def tags(self, digest: str, tags: Sequence[str]) -> tuple[str, ...]:
-        """Replace the tags of a run."""
-        return self.core.notebook.set_tags(digest, tags)
+    def tags(self, digest: str, tags: Sequence[str], author: str = "") -> tuple[str, ...]:
+        """Replace an author's tags of a run."""
+        return self.core.notebook.set_tags(digest, tags, author)
 
     def verdict(
         self, digest: str, verdict: str, failure: str = "", severity: int = 0, author: str = ""
@@ -426,6 +441,11 @@ class Service:
             store=self.core.store.health(),
             notebook=self.core.notebook.health(),
             notices=self.core.notices(),
+            per_session=self.settings.max_queue_per_session,
+            job_seconds=self.settings.job_seconds,
+            memory_bytes=_resident_bytes(),
+            gpus=self._gpus(),
+            store_limit=self.core.store.size_limit,
         )
 
     def unload(self) -> None:
@@ -549,10 +569,30 @@ class Service:
             return "cuda"
         return "mps" if torch.backends.mps.is_available() else "cpu"
 
+    def _gpus(self) -> tuple[Gpu, ...]:
+        """Memory of each GPU, once torch and CUDA are in use; asking must not start them."""
+        torch = torch_if_there()
+        if torch is None or not torch.cuda.is_initialized():
+            return ()
+        found = []
+        for number in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(number)
+            found.append(Gpu(torch.cuda.get_device_name(number), total - free, total))
+        return tuple(found)
+
     def _knobs(self, method: Method[Any], entry: ModelEntry) -> tuple[Knob, ...]:
         """The method's parameters; a model's default that the method can't take is left to plan() to complain about."""
         own: Mapping[str, Scalar] = entry.defaults.get(method.name, {})
         return tuple(replace(knob, default=own.get(knob.name, knob.default)) for knob in method.knobs())
+
+
+def _resident_bytes() -> int:
+    """Memory that this process holds now; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _count_parameters(folder: Path) -> int:

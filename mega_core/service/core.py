@@ -30,6 +30,7 @@ from mega_core.methods.base import METHODS, Method
 from mega_core.models.arch import ArchSpec, spec_of
 from mega_core.notebook import Notebook, Run
 from mega_core.records import EditRequest, Inspection, ModelRef, Report
+from mega_core.service.sharing import Imports
 from mega_core.settings import ModelEntry, Settings, weights_digest
 from mega_core.store import Store
 from mega_core.summary import outcome
@@ -75,6 +76,7 @@ class Core:
         self.settings = settings
         self.store = store
         self.notebook = notebook
+        self.imports = Imports(settings.cache_dir / "imports")
         limits = Limits(
             queued=settings.max_queue,
             per_owner_queued=max(0, settings.max_queue_per_session - 1),
@@ -191,7 +193,11 @@ class Core:
         return plan.key(self.weights(self.settings.model(plan.model.name)))
 
     def cached(self, digest: str) -> Report | None:
-        """The report of this run id, from the store or the shipped examples. Never computes; safe with any text."""
+        """The report of this run id: computed here, shipped, or imported. Never computes; safe with any text."""
+        return self._found(digest) or self.imports.get(digest)
+
+    def _found(self, digest: str) -> Report | None:
+        """As cached(), without what was imported: only this may answer a question."""
         return self.store.get_report(digest) or shipped.find(digest)
 
     def run(self, plan: Inspection, report: Reporter = silent, *, fresh: bool = False) -> Report:
@@ -200,7 +206,7 @@ class Core:
 
     def answer(self, plan: Inspection, digest: str, report: Reporter, *, fresh: bool = False) -> Report:
         """Step 3 of the head of this file, in this thread."""
-        if not fresh and (found := self.cached(digest)) is not None:
+        if not fresh and (found := self._found(digest)) is not None:
             return found
         pool = self.pool()  # first, because it sets up what the next line imports
         from mega_core import pipeline

@@ -53,7 +53,7 @@ class MethodInfo:
     knobs: tuple[Knob, ...]
     """Its parameters, each with this model's default."""
     seconds_estimate: float | None
-    """Mean of earlier runs here, else scaled from the shipped examples, else None."""
+    """Mean of earlier runs here, else as measured on the embedded models or scaled from that, else None."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +88,15 @@ class Condition:
 
 
 @dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU's memory, all programs together."""
+
+    name: str
+    used: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Status:
     """How the app is doing."""
 
@@ -104,3 +113,13 @@ class Status:
     notices: tuple[str, ...]
     """What works only in part, one sentence each; empty when all is well."""
     promises: tuple[str, ...] = PROMISES
+    per_session: int = 0
+    """Questions that one browser session may have waiting or running."""
+    job_seconds: float = 0.0
+    """A question is stopped after this long."""
+    memory_bytes: int = 0
+    """That this process holds; 0 when not known."""
+    gpus: tuple[Gpu, ...] = ()
+    """Those in use."""
+    store_limit: int = 0
+    """Bytes that the store may hold."""

@@ -26,19 +26,29 @@ ABOUT_MAP = About(
 )
 
 
-def _clicked(chart_key: str, pick_key: str, places: list[tuple[int, str]]) -> Callable[[], None]:
+def clicked(
+    chart_key: str, places: list[tuple[int, str]], take: Callable[[tuple[int, str]], None]
+) -> Callable[[], None]:
+    """What the map calls when it is clicked: `take` gets the place."""
+
     def on_click() -> None:
         event = st.session_state.get(chart_key) or {}
         points = event["selection"].get(charts.CELL, []) if "selection" in event else []
         if points:
             place = (points[0].get("layer"), points[0].get("module"))
             if place in places:  # the browser's word is only an index into our own list
-                st.session_state[pick_key] = place
+                take(place)
 
     return on_click
 
 
-def _candidate_label(candidate: str, request: EditRequest) -> str:
+def places_of(cells: pd.DataFrame) -> list[tuple[int, str]]:
+    """Every layer and module of the map, in order."""
+    pairs = cells[["layer", "module"]].drop_duplicates().sort_values(["layer", "module"])
+    return [(int(layer), str(module)) for layer, module in pairs.to_numpy()]
+
+
+def candidate_label(candidate: str, request: EditRequest) -> str:
     """Short, and never the same for two candidates: the browser sends the label back."""
     if candidate == "difference":
         return "difference"
@@ -51,8 +61,7 @@ def _candidate_label(candidate: str, request: EditRequest) -> str:
 def draw(report: Report) -> None:
     """Layer x module map with a detail panel, and the layer profile with the sum check."""
     data = tables_of(report.digest, report)
-    cells, edited = data["cells"], data["edited"]
-    request = report.question.requests[0]
+    cells, request = data["cells"], report.question.requests[0]
     if cells.empty:
         return
     present = [c for c in tables.CANDIDATES if c in set(cells["candidate"])]
@@ -62,16 +71,13 @@ def draw(report: Report) -> None:
             "Explain",
             present,
             default=present[-1],
-            format_func=lambda c: _candidate_label(c, request),
+            format_func=lambda c: candidate_label(c, request),
             key="anatomy_candidate",
             required=True,
             persist_state="session",
         )
         candidate = candidate if candidate in present else present[-1]
-        places = [
-            (int(layer), str(m))
-            for layer, m in cells[["layer", "module"]].drop_duplicates().sort_values(["layer", "module"]).to_numpy()
-        ]
+        places = places_of(cells)
         pick_key = f"anatomy_cell_{report.digest[:8]}"
         if st.session_state.get(pick_key) not in places:
             change = cells[(cells["candidate"] == candidate) & (cells["state"] == "change")]
@@ -85,100 +91,137 @@ def draw(report: Report) -> None:
             help="The same as clicking a cell.",
             width=220,
         )
-    title, sentence = readings.of_module_map(cells, candidate, request)
-    if candidate == "new":
-        sentence = reading(report.frames["module_scores"], request.target_new)
-    twin = cells[cells["candidate"] == candidate].assign(
-        module=lambda t: t["module"].map(MODULES), state=lambda t: t["state"].map(STATES)
-    )
-    wide = twin.pivot_table(
-        index=["layer", "module"], columns="state", values="value", aggfunc="first", sort=False
-    ).reset_index()
-    number = {name: st.column_config.NumberColumn(name, format="%+.3f") for name in STATES.values()}
-    file = f"contributions-{candidate}-{report.digest[:12]}"
     left, right = st.columns([2, 1], gap="medium")
     with left:
         chart_key = f"chart_map_{report.digest[:8]}"
-        triangle = " Triangles mark edited layers." if not edited.empty else ""
-        figure(
-            chart_key,
-            spec_of(report.digest, "map", candidate, place, _report=report),
-            title=title,
-            reading=f"{sentence}{triangle} Click a cell, or choose it under Place, for its numbers.",
-            table=wide,
-            file=file,
-            about=ABOUT_MAP,
-            columns=number,
-            level=3,
-            on_select=_clicked(chart_key, pick_key, places),
-            selection=charts.CELL,
-        )
-    with right:
-        _detail(cells, place, candidate, request)
-    title, sentence = readings.of_profile(cells, candidate, request)
+
+        def take(place: tuple[int, str]) -> None:
+            st.session_state[pick_key] = place
+
+        map_figure(report, candidate, place, chart_key, clicked(chart_key, places, take))
+    with right, st.container(border=True):
+        detail(cells, place, candidate, request)
     left, right = st.columns([2, 1], gap="medium")
     with left:
-        figure(
-            "chart_profile",
-            spec_of(report.digest, "profile", candidate, _report=report),
-            title=title,
-            reading=f"{sentence} Dashed and hollow: base model, solid and filled: edited model."
-            f"{_tinted(edited['layer'].nunique())}",
-            table=wide,
-            file=f"profile-{candidate}-{report.digest[:12]}",
-            columns=number,
-            level=3,
-        )
+        profile_figure(report, candidate)
     with right:
-        st.subheader("Do the parts add up?", anchor=False)
-        st.caption(md(readings.of_sums(data["sums"], candidate)))
-        check = data["sums"]
-        st.dataframe(
-            check.assign(
-                candidate=check["candidate"].map({"new": request.target_new, "true": request.target_true or "original"})
-            )[["candidate", "state", "start", "modules", "end", "residual"]],
-            hide_index=True,
-            column_config={
-                "candidate": "Object",
-                "state": "State",
-                "start": st.column_config.NumberColumn(
-                    "Input", format="%.2f", help="log-probability read at the input of the first block"
-                ),
-                "modules": st.column_config.NumberColumn("Modules", format="%+.2f", help="sum of all contributions"),
-                "end": st.column_config.NumberColumn("Output", format="%.2f", help="log-probability of the model"),
-                "residual": st.column_config.NumberColumn("Left over", format="%.3f"),
-            },
-            key="sum_table",
-            alt="Sum check of contributions",
-        )
+        sums(report, candidate)
 
 
-def _detail(cells: pd.DataFrame, place: tuple[int, str], candidate: str, request: EditRequest) -> None:
+def map_figure(
+    report: Report,
+    candidate: str,
+    place: tuple[int, str] | None,
+    key: str,
+    on_click: Callable[[], None],
+    *,
+    level: int = 3,
+) -> None:
+    """The map of one object in three bands, before, after and change, with a ring around `place`."""
+    data = tables_of(report.digest, report)
+    cells, request = data["cells"], report.question.requests[0]
+    title, sentence = readings.of_module_map(cells, candidate, request)
+    if candidate == "new":
+        sentence = reading(report.frames["module_scores"], request.target_new)
+    triangle = " Triangles mark edited layers." if not data["edited"].empty else ""
+    figure(
+        key,
+        spec_of(report.digest, "map", candidate, place, _report=report),
+        title=title,
+        reading=f"{sentence}{triangle} Click a cell, or choose it under Place, for its numbers.",
+        table=_twin(report.digest, candidate, cells),
+        file=f"contributions-{candidate}-{report.digest[:12]}",
+        about=ABOUT_MAP,
+        columns=_NUMBERS,
+        level=level,
+        on_select=on_click,
+        selection=charts.CELL,
+    )
+
+
+def profile_figure(report: Report, candidate: str, *, level: int = 3) -> None:
+    """Contributions by layer."""
+    data = tables_of(report.digest, report)
+    cells, edited, request = data["cells"], data["edited"], report.question.requests[0]
+    title, sentence = readings.of_profile(cells, candidate, request)
+    figure(
+        "chart_profile",
+        spec_of(report.digest, "profile", candidate, _report=report),
+        title=title,
+        reading=f"{sentence} Dashed and hollow: base model, solid and filled: edited model."
+        f"{_tinted(edited['layer'].nunique())}",
+        table=_twin(report.digest, candidate, cells),
+        file=f"profile-{candidate}-{report.digest[:12]}",
+        columns=_NUMBERS,
+        level=level,
+    )
+
+
+def sums(report: Report, candidate: str) -> None:
+    """Whether the contributions add up to the change of the log-probability."""
+    data = tables_of(report.digest, report)
+    request = report.question.requests[0]
+    st.subheader("Do the parts add up?", anchor=False)
+    st.caption(md(readings.of_sums(data["sums"], candidate)))
+    check = data["sums"]
+    st.dataframe(
+        check.assign(
+            candidate=check["candidate"].map({"new": request.target_new, "true": request.target_true or "original"})
+        )[["candidate", "state", "start", "modules", "end", "residual"]],
+        hide_index=True,
+        column_config={
+            "candidate": "Object",
+            "state": "State",
+            "start": st.column_config.NumberColumn(
+                "Input", format="%.2f", help="log-probability read at the input of the first block"
+            ),
+            "modules": st.column_config.NumberColumn("Modules", format="%+.2f", help="sum of all contributions"),
+            "end": st.column_config.NumberColumn("Output", format="%.2f", help="log-probability of the model"),
+            "residual": st.column_config.NumberColumn("Left over", format="%.3f"),
+        },
+        key="sum_table",
+        alt="Sum check of contributions",
+    )
+
+
+_NUMBERS = {name: st.column_config.NumberColumn(name, format="%+.3f") for name in STATES.values()}
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _twin(digest: str, candidate: str, _cells: pd.DataFrame) -> pd.DataFrame:
+    """The numbers of one object as a table: layer, module, Before, After, Change."""
+    twin = _cells[_cells["candidate"] == candidate].assign(
+        module=lambda t: t["module"].map(MODULES), state=lambda t: t["state"].map(STATES)
+    )
+    return twin.pivot_table(
+        index=["layer", "module"], columns="state", values="value", aggfunc="first", sort=False
+    ).reset_index()
+
+
+def detail(cells: pd.DataFrame, place: tuple[int, str], candidate: str, request: EditRequest) -> None:
+    """One place: a sentence, and its numbers for every object and state."""
     layer, module = place
-    with st.container(border=True):
-        st.subheader(cell_name(layer, module), anchor=False)
-        st.markdown(md(readings.of_cell(cells, layer, module, candidate, request)))
-        mine = cells[(cells["layer"] == layer) & (cells["module"] == module)].copy()
-        mine["object"] = [
-            readings.explained(c, request) if c != "difference" else "difference" for c in mine["candidate"]
-        ]
-        wide = mine.pivot_table(index="object", columns="state", values="value", aggfunc="first", sort=False)
-        extra = mine[mine["state"] == "change"].set_index("object")[["share", "place"]]
-        shown = wide.reindex(columns=[s for s in tables.STATES if s in wide]).join(extra).reset_index()
-        st.dataframe(
-            shown,
-            hide_index=True,
-            column_config={
-                "object": st.column_config.TextColumn("Object", width=108),
-                **{s: st.column_config.NumberColumn(STATES[s], format="%+.2f") for s in tables.STATES},
-                "share": st.column_config.NumberColumn(
-                    "Share", format="percent", help="of the sum of all absolute changes"
-                ),
-                "place": st.column_config.NumberColumn("Rank", help="by absolute change"),
-            },
-            key="detail_table",
-            alt=f"Contributions of {cell_name(layer, module)}",
-        )
+    st.subheader(cell_name(layer, module), anchor=False)
+    st.markdown(md(readings.of_cell(cells, layer, module, candidate, request)))
+    mine = cells[(cells["layer"] == layer) & (cells["module"] == module)].copy()
+    mine["object"] = [readings.explained(c, request) if c != "difference" else "difference" for c in mine["candidate"]]
+    wide = mine.pivot_table(index="object", columns="state", values="value", aggfunc="first", sort=False)
+    extra = mine[mine["state"] == "change"].set_index("object")[["share", "place"]]
+    shown = wide.reindex(columns=[s for s in tables.STATES if s in wide]).join(extra).reset_index()
+    st.dataframe(
+        shown,
+        hide_index=True,
+        column_config={
+            "object": st.column_config.TextColumn("Object", width=108),
+            **{s: st.column_config.NumberColumn(STATES[s], format="%+.2f") for s in tables.STATES},
+            "share": st.column_config.NumberColumn(
+                "Share", format="percent", help="of the sum of all absolute changes"
+            ),
+            "place": st.column_config.NumberColumn("Rank", help="by absolute change"),
+        },
+        key=f"detail_table_{layer}_{module}",
+        alt=f"Contributions of {cell_name(layer, module)}",
+    )
 
 
 def _tinted(layers: int) -> str:

@@ -52,7 +52,7 @@ def navigation() -> st.Page:
     renamed files.
     """
     # First, and with a file: a page's own named icon would become the tab's, which browsers fetch from another host.
-    st.set_page_config(page_title="Edit Anatomy", page_icon=MARK, layout="wide", initial_sidebar_state=240)
+    st.set_page_config(page_title="Edit Anatomy", page_icon=MARK, layout="wide")
     pages = {
         info.name: st.Page(info.file, title=info.title, icon=info.icon, url_path=info.name, default=info is PAGES[0])
         for info in PAGES

@@ -1,4 +1,7 @@
-"""Choosing a method and its parameters: every widget is drawn from the method's knobs."""
+"""Choosing a method and its parameters: a short list for those who know them, cards for those who want to read.
+
+The chosen method lives in the session under `edit_method`; every widget of its parameters is drawn from its knobs.
+"""
 
 from __future__ import annotations
 
@@ -9,40 +12,112 @@ import streamlit as st
 from mega_core.methods.base import Knob
 from mega_core.records import Scalar
 from mega_core.service import MethodInfo
+from pages.components.session import told
 from pages.components.text import md, seconds
 
 FAMILIES = {
-    "weights": "changes weights",
-    "steering": "steers activations",
-    "memory": "adds a memory",
-    "prompt": "changes the prompt",
-}
+    "weights": ("Changes weights", ":material/tune:", "Some matrices of the model get other numbers."),
+    "steering": ("Steers activations", ":material/moving:", "The weights stay; states are moved as a prompt is read."),
+    "memory": ("Adds a memory", ":material/memory:", "Something beside a layer speaks up for the edited fact."),
+    "prompt": ("Changes the prompt", ":material/short_text:", "The model stays; a text stands before every prompt."),
+}  # fmt: skip
+COLUMNS = 3
 
 
 def pick_method(methods: Sequence[MethodInfo]) -> MethodInfo | None:
-    """Pills of the methods that work on this model, one line about the chosen one, and the reason for each that
-    doesn't.
-    """
+    """The methods that work on this model as a list, the chosen one as a card, and all of them as cards on demand."""
     usable = {info.name: info for info in methods if info.unsupported is None}
-    refused = [info for info in methods if info.unsupported is not None]
-    chosen = None
-    if usable:
-        if st.session_state.get("edit_method") not in usable:
-            st.session_state["edit_method"] = next(iter(usable))
-        name = st.pills(
+    if not usable:
+        st.warning("No method can edit this model.", icon=":material/block:")
+        return None
+    if st.session_state.get("edit_method") not in usable:
+        st.session_state["edit_method"] = next(iter(usable))
+    with st.container(horizontal=True, vertical_alignment="bottom", gap="small"):
+        name = st.selectbox(
             "Method",
             list(usable),
             format_func=lambda name: usable[name].title,
             key="edit_method",
-            required=True,
             persist_state="session",
         )
-        chosen = usable[name] if name else next(iter(usable.values()))
-        estimate = f" · about {seconds(chosen.seconds_estimate)}" if chosen.seconds_estimate is not None else ""
-        st.caption(f"{md(chosen.summary)} *{FAMILIES.get(chosen.family, chosen.family)}{estimate}*")
-    for info in refused:
-        st.caption(f":material/block: {md(info.title)}: not for this model: {md(info.unsupported)}")
+        compare = st.button(
+            f"All {len(methods)}",
+            icon=":material/view_module:",
+            key="edit_all_methods",
+            help="Every method with what it does, how long it takes here, and whether it can edit this model.",
+        )
+    chosen = usable[name]
+    with st.container(border=True, gap=None, key="chosen_method"):
+        st.caption(_what_it_takes(chosen))
+        st.markdown(md(chosen.summary))
+    for info in methods:
+        if info.unsupported is not None:
+            st.caption(_refusal(info))
+    if compare:
+        _cards(methods)
     return chosen
+
+
+@st.dialog("Methods", width="large")
+def _cards(methods: Sequence[MethodInfo]) -> None:
+    _draw_cards(methods)
+
+
+@told
+def _draw_cards(methods: Sequence[MethodInfo]) -> None:
+    """Every method by family; one press chooses."""
+    for family in dict.fromkeys(info.family for info in methods):
+        mine = [info for info in methods if info.family == family]
+        title, icon, what = FAMILIES.get(family, (family, ":material/help:", ""))
+        st.header(f"{icon} {md(title)}", anchor=False)
+        st.caption(what)
+        for start in range(0, len(mine), COLUMNS):
+            row = mine[start : start + COLUMNS]
+            for column, info in zip(st.columns(COLUMNS, gap="small"), row, strict=False):
+                _card(column.container(border=True, height="stretch", gap="small"), info)
+
+
+def _card(place: st.delta_generator.DeltaGenerator, info: MethodInfo) -> None:
+    chosen = st.session_state.get("edit_method") == info.name
+    with place:
+        st.subheader(md(info.title), anchor=False)
+        st.markdown(md(info.summary))
+        st.caption(f":material/timer: {_time(info)} · {md(info.paper)}")
+        st.space("stretch")
+        if info.unsupported is not None:
+            st.caption(_refusal(info))
+            return
+        if st.button(
+            f"{info.title} is chosen" if chosen else f"Choose {info.title}",
+            icon=":material/check:" if chosen else None,
+            disabled=chosen,
+            key=f"choose_{info.name}",
+            width="stretch",
+            on_click=_choose,
+            args=(info.name,),
+        ):
+            st.rerun()  # the whole page, which closes the cards
+
+
+def _choose(name: str) -> None:
+    """Hand the choice to the form, as a draft."""
+    st.session_state["edit_draft"] = {**st.session_state.get("edit_draft", {}), "edit_method": name}
+
+
+def _what_it_takes(info: MethodInfo) -> str:
+    family = FAMILIES.get(info.family, (info.family, "", ""))[0]
+    return f":material/category: {md(family)} · :material/timer: {_time(info)}"
+
+
+def _time(info: MethodInfo) -> str:
+    """A measured estimate, in words."""
+    if info.seconds_estimate is None:
+        return "not measured yet"
+    return f"about {md(seconds(info.seconds_estimate))}"
+
+
+def _refusal(info: MethodInfo) -> str:
+    return f":material/block: {md(info.title)}: not for this model: {md(info.unsupported)}"
 
 
 def draw_knobs(info: MethodInfo) -> dict[str, Scalar]:

@@ -6,15 +6,22 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+
+from mega_core.documents import element
+
 WIDTH = 760
 """Of a picture whose specification leaves it to the page, in pixels."""
+PAGE_WIDTH = 640
 _VERSION = "5.20"
 # What the page's light theme gives in the browser (.streamlit/config.toml).
 _THEME: dict[str, Any] = {
     "background": "#ffffff",
     "font": "Helvetica, Arial, sans-serif",
+    "view": {"stroke": None},
     "axis": {"labelColor": "#5d6975", "titleColor": "#17212b", "gridColor": "#d8dfe6", "titleFontWeight": "normal"},
-    "legend": {"labelColor": "#5d6975", "titleColor": "#17212b"},
+    # Of fonts that are common it has the signs for "holds" and "does not hold".
+    "legend": {"labelColor": "#5d6975", "titleColor": "#17212b", "labelFont": "DejaVu Sans, Helvetica, sans-serif"},
     "range": {
         "category": ["#12998a", "#78838f", "#b3bcc6", "#8a6fd8", "#b0821f", "#2b9160", "#d24d57"],
         "diverging": [
@@ -39,11 +46,26 @@ def svg(spec: Mapping[str, Any], title: str = "") -> str:
 
 def png(spec: Mapping[str, Any], title: str = "", scale: float = 2.0) -> bytes:
     """As svg(), as PNG bytes with `scale` pixels per unit."""
+    return png_of(svg(spec, title), scale)
+
+
+def png_of(text: str, scale: float = 2.0) -> bytes:
+    """SVG text as PNG bytes with `scale` pixels per unit."""
     import vl_convert
 
-    return vl_convert.vegalite_to_png(
-        _whole(spec, title), vl_version=_VERSION, config=_THEME, scale=scale, allowed_base_urls=[]
+    return vl_convert.svg_to_png(text, scale=scale)
+
+
+def drawn(spec: Mapping[str, Any], name: str, title: str, told: str) -> Markup:
+    """The picture as an element of an HTML page, whose style colours its text and grid; `told` is its description."""
+    import vl_convert
+
+    whole = _whole(spec, "")
+    whole["width"] = PAGE_WIDTH if spec.get("width", "container") == "container" else whole["width"]
+    text = vl_convert.vegalite_to_svg(
+        whole, vl_version=_VERSION, config={**_THEME, "background": None}, allowed_base_urls=[]
     )
+    return element(text, name, title, told)
 
 
 def _whole(spec: Mapping[str, Any], title: str) -> dict[str, Any]:

@@ -38,13 +38,18 @@ def spec_of(
     if picture == "next":
         chart = charts.next_token_bars(data["next"])
     elif picture == "evidence":
-        chart = charts.margin_dumbbell(data["evidence"], axis_title=margin_words(data["evidence"]))
+        return evidence_spec(data["evidence"])
     elif picture == "profile":
         chart = charts.layer_profile(cells, edited, candidate=candidate)
     else:
         limit = tables.shared_limit(cells)
         chart = charts.module_map(cells, edited, candidate=candidate, limit=limit, selected=place)
     return chart.to_dict(validate=False)
+
+
+def evidence_spec(evidence: pd.DataFrame) -> dict[str, Any]:
+    """The specification of the margins of these prompts."""
+    return charts.margin_dumbbell(evidence, axis_title=margin_words(evidence)).to_dict(validate=False)
 
 
 def margin_words(evidence: pd.DataFrame) -> str:

@@ -28,6 +28,18 @@ STAGE_WORDS = {
     "views": "Look inside",
     "restore": "Give the model back",
     "ask": "Ask the model",
+    "methods": "Methods, one after the other",
+    "edits": "Compute the edits",
+    "alpha": "Find the strength",
+    "activations": "Read activations",
+    "contributions": "Read contributions",
+    "demonstrations": "Choose demonstrations",
+    "neighbours": "Look for neighbours",
+    "pathway": "Find query and value neurons",
+    "check": "Check every edit",
+    "verify": "Take it out of the running model",
+    "strengths": "Try the strengths",
+    "asking": "Ask every step",
 }
 
 Done = Callable[[JobView], None]
@@ -103,7 +115,7 @@ def _heading(view: JobView) -> str:
 def _line(name: str, finished: bool, done: int, total: int | None, took: float) -> str:
     icon = ":material/check_circle:" if finished else ":material/progress_activity:"
     steps = f" {done} of {total}" if total and not finished else ""
-    return f"{icon} {md(STAGE_WORDS.get(name, name.replace('_', ' ').capitalize()))}{steps} :gray[{seconds(took)}]"
+    return f"{icon} {md(STAGE_WORDS.get(name, name[:1].upper() + name[1:]))}{steps} :gray[{seconds(took)}]"
 
 
 def _cancel(job_id: str) -> None:

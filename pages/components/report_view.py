@@ -4,26 +4,22 @@ is escaped.
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pandas as pd
 import streamlit as st
 
-from mega_core.evaluation.text import verdict
 from mega_core.records import EditRequest, Report
-from mega_core.summary import outcome, percent
+from mega_core.summary import percent
 from pages.components import readings
-from pages.components.figure import About, figure
-from pages.components.prepared import spec_of, tables_of
+from pages.components.figure import About, figure, heading
+from pages.components.prepared import evidence_spec, spec_of, tables_of
 from pages.components.session import told
 from pages.components.text import (
     KINDS,
     STATES,
-    csv_bytes,
     marked,
     md,
-    seconds,
     word_diff,
 )
 
@@ -40,16 +36,17 @@ OUTCOME_HELP = {
     "narrow": "The edit prompt says the new object, but fewer than three quarters of its paraphrases do.",
     "fails": "The edit prompt does not say the new object.",
 }
-TABLE_TITLES = {
-    "answers": "Answers by prompt",
-    "next_tokens": "Next tokens",
-    "metrics": "Metrics",
-    "module_scores": "Contributions by layer and module",
-    "module_totals": "Totals",
-    "weight_change": "Weight changes",
-    "generations": "Continuations",
-    "tokens": "Tokens",
+PROBABILITIES = {
+    "p_new_before": ("new, before", "P(new object) in the base model"),
+    "p_new_after": ("new, after", "P(new object) in the edited model"),
+    "p_true_before": ("orig., before", "P(original object) in the base model"),
+    "p_true_after": ("orig., after", "P(original object) in the edited model"),
 }
+TURNS = {
+    "new": ("P(new object)", "P of the whole new object"),
+    "true": ("P(original)", "P of the whole original object"),
+}
+"""Candidate -> what its column of the evidence is called, and its help."""
 
 ABOUT_NEXT = About(
     "The probability of the next token after the edit prompt: the top tokens of the base and of the edited model, and "
@@ -73,74 +70,6 @@ def outcome_badge(kind: str) -> None:
     """The outcome as word, icon and colour."""
     word, icon, color = OUTCOMES.get(kind, (kind, ":material/help:", "gray"))
     st.badge(md(word), icon=icon, color=color, help=OUTCOME_HELP.get(kind))  # type: ignore[arg-type]
-
-
-def headline(report: Report, *, share_base: str) -> None:
-    """What happened, in words, with the run's identity and its downloads."""
-    request = report.question.requests[0]
-    with st.container(border=True, gap="small"):
-        with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-            outcome_badge(outcome(report).kind)
-            restored = report.receipt.restored and report.receipt.hooks_left == 0
-            st.badge(
-                "model restored" if restored else "model was replaced",
-                icon=":material/verified:" if restored else ":material/warning:",
-                color="gray" if restored else "orange",
-                help="The weights were compared by digest after the run.",
-            )
-            st.badge(md(report.question.method.name.upper()), color="gray")
-            st.badge(md(report.question.model.name), color="gray")
-            st.badge(md(seconds(sum(report.timing.values()))), icon=":material/timer:", color="gray")
-            st.badge(
-                f"run {report.digest[:8]}",
-                icon=":material/tag:",
-                color="gray",
-                help="The first characters of the run id.",
-            )
-            st.space("stretch")
-            _exports(report, share_base)
-        st.header(md(verdict(report)), anchor=False)
-        original = f", :gray[was {md(request.target_true)}]" if request.target_true else ""
-        st.markdown(f"{md(request.prompt)} **{md(request.target_new)}**{original}")
-        for note in report.notes:
-            st.caption(f":material/info: {md(note)}")
-
-
-def _exports(report: Report, share_base: str) -> None:
-    with st.popover("Export", icon=":material/download:", width="content"):
-        short = report.digest[:12]
-        st.caption("Link to this run. Opening it never starts work.")
-        st.code(f"{share_base}?run={report.digest}", language=None, wrap_lines=True)
-        st.download_button(
-            "run.json: everything",
-            data=lambda: json.dumps(report.to_json(), ensure_ascii=False, indent=1),
-            file_name=f"run-{short}.json",
-            mime="application/json",
-            icon=":material/data_object:",
-            on_click="ignore",
-            width="stretch",
-            key="export_json",
-        )
-        st.caption("Tables as CSV")
-        for name, frame in report.frames.items():
-            if not frame.empty:
-                _csv_button(TABLE_TITLES.get(name, name), frame, f"{name}-{short}", key=f"export_{name}")
-
-
-def _csv_button(label: str, frame: pd.DataFrame, name: str, *, key: str) -> None:
-    def data() -> bytes:
-        return csv_bytes(frame)
-
-    st.download_button(
-        label,
-        data=data,
-        file_name=f"{name}.csv",
-        mime="text/csv",
-        icon=":material/table:",
-        on_click="ignore",
-        key=key,
-        width="stretch",
-    )
 
 
 def answers(report: Report) -> None:
@@ -203,7 +132,7 @@ def _cards(report: Report, evidence: pd.DataFrame) -> None:
         (
             columns[2],
             "paraphrase",
-            "Paraphrases say it",
+            "Paraphrases",
             f"Paraphrase success: share of paraphrases with the {rule}, by mean log-probability "
             "per token. Never used for fitting.",
         ),
@@ -269,51 +198,60 @@ def _continuations(request: EditRequest, texts: pd.DataFrame) -> None:
             )
 
 
+GROUPS = {"all": "All", "edit": "Edit", "paraphrase": "Paraphrase", "neighbourhood": "Neighbourhood"}
+
+
+@st.fragment
+@told
 def evidence(report: Report) -> None:
-    """Every prompt with its margin before and after, as picture and as table."""
-    table = tables_of(report.digest, report)["evidence"]
-    if table.empty:
+    """Every prompt with its margin before and after, as picture and as table, by group of prompts."""
+    whole = tables_of(report.digest, report)["evidence"]
+    if whole.empty:
         return
-    has_true = "p_true_after" in table
-    title, sentence = readings.of_evidence(table, has_true)
+    has_true = "p_true_after" in whole
+    title, sentence = readings.of_evidence(whole, has_true)
+    heading(title, ABOUT_EVIDENCE)
+    table = _chosen_group(whole)
+    if table.empty:
+        st.caption(":material/check_circle: No prompt of this group fails.")
+        return
+    filtered = len(table) < len(whole)
+    if filtered:
+        sentence = f"{readings.of_evidence(table, has_true)[0]}. {sentence}"
     shown = table.assign(
         result=table["passed"].map({True: "✓ holds", False: "✗ fails"}), kind=table["prompt_kind"].map(KINDS)
     )
-    columns = ["result", "kind", "prompt", "p_new_before", "p_new_after"]
-    if has_true:
-        columns += ["p_true_before", "p_true_after"]
     config: dict[str, Any] = {
         "result": st.column_config.TextColumn("Rule", width=62),
         "kind": st.column_config.TextColumn("Kind", width=84),
-        "prompt": st.column_config.TextColumn("Prompt", width=270),
-        "p_new_before": st.column_config.NumberColumn(
-            "new, before", format="percent", width=76, help="P(new object) in the base model"
-        ),
-        "p_new_after": st.column_config.NumberColumn(
-            "new, after", format="percent", width=76, help="P(new object) in the edited model"
-        ),
-        "p_true_before": st.column_config.NumberColumn(
-            "orig., before", format="percent", width=76, help="P(original object) in the base model"
-        ),
-        "p_true_after": st.column_config.NumberColumn(
-            "orig., after", format="percent", width=76, help="P(original object) in the edited model"
-        ),
+        "prompt": st.column_config.TextColumn("Prompt", width=230),
     }
+    for name, (label, what) in PROBABILITIES.items():
+        config[name] = st.column_config.NumberColumn(label, format="percent", width=76, help=what)
+    # Before and after in one cell: four columns of numbers don't fit beside the picture.
+    turns = ["new", "true"] if has_true else ["new"]
+    for name in turns:
+        pairs = zip(shown[f"p_{name}_before"], shown[f"p_{name}_after"], strict=True)
+        shown[name] = [f"{percent(before)} → {percent(after)}" for before, after in pairs]
+        config[name] = st.column_config.TextColumn(
+            TURNS[name][0], width=116, help=f"{TURNS[name][1]}, base → edited model"
+        )
+    numbers = [name for name in PROBABILITIES if name in shown]
     left, right = st.columns([2, 3], gap="medium")
     with left:
         figure(
             "chart_evidence",
-            spec_of(report.digest, "evidence", _report=report),
-            title=title,
-            reading=f"{sentence} Hollow: base model, filled: edited model.",
-            table=shown[[*columns, "margin_before", "margin_after"]],
+            evidence_spec(table) if filtered else spec_of(report.digest, "evidence", _report=report),
+            title="Margin by prompt",
+            reading=f"{sentence} Hollow: base model, filled: edited model; a circle holds, a cross fails.",
+            table=shown[["result", "kind", "prompt", *numbers, "margin_before", "margin_after"]],
             file=f"evidence-{report.digest[:12]}",
-            about=ABOUT_EVIDENCE,
             columns=config,
+            level=3,
         )
     with right:
         st.dataframe(
-            shown[columns],
+            shown[["result", "kind", "prompt", *turns]],
             hide_index=True,
             column_config=config,
             height="content" if len(shown) <= 16 else "auto",
@@ -336,6 +274,28 @@ def evidence(report: Report) -> None:
                     key="metrics_table",
                     alt="All metrics by protocol",
                 )
+
+
+def _chosen_group(whole: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the group that is asked for, each group with how many of its prompts hold."""
+    counts = {
+        kind: f"{int(rows['passed'].sum())}/{len(rows)}"
+        for kind in GROUPS
+        if not (rows := whole if kind == "all" else whole[whole["prompt_kind"] == kind]).empty
+    }
+    if st.session_state.get("evidence_group") not in counts:
+        st.session_state["evidence_group"] = "all"
+    group = st.pills(
+        "Prompts (holding/all)",
+        list(counts),
+        format_func=lambda kind: f"{GROUPS[kind]} {counts[kind]}",
+        key="evidence_group",
+        required=True,
+        persist_state="session",
+    )
+    failing = st.toggle("Only those that fail", key="evidence_failing", persist_state="session")
+    rows = whole if group in (None, "all") else whole[whole["prompt_kind"] == group]
+    return rows[~rows["passed"]] if failing else rows
 
 
 def _changes(change: pd.DataFrame | None) -> None:

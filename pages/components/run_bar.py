@@ -9,6 +9,7 @@ from mega_core.records import Report
 from mega_core.summary import outcome
 from pages.components.frame import PAGES
 from pages.components.report_view import outcome_badge
+from pages.components.run_badges import imported_badge
 from pages.components.session import owner, service, show_run, shown_run
 from pages.components.text import md
 
@@ -42,6 +43,7 @@ def bar(report: Report, here: str) -> None:
             st.badge(md(report.question.method.name.upper()), color="gray")
             st.badge(md(report.question.model.name), color="gray")
             st.badge(f"run {report.digest[:8]}", icon=":material/tag:", color="gray")
+            imported_badge(report)
         original = f", :gray[was {md(request.target_true)}]" if request.target_true else ""
         st.markdown(f"{md(request.prompt)} **{md(request.target_new)}**{original}")
         with st.container(horizontal=True, gap="small"):

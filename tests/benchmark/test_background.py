@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from mega_core.benchmark import plan as plans
-from mega_core.errors import BadInput
+from mega_core.errors import BadInput, Busy, UnknownName
 from mega_core.evaluation import asking
 from mega_core.methods import METHODS
 from mega_core.service import Service
+from mega_core.service.benchmarks import MAX_UPLOAD
 from mega_core.settings import Settings
 from tests.cli.test_bench import record
 from tests.service.toy import TOY, write_catalogue
@@ -122,3 +124,105 @@ def test_names_that_are_none_and_damaged_folders_are_refused(opened):
         service.benchmarks.resume(name)
     (folder / "plan.json").write_text("{}")
     assert service.benchmarks.all() == ()
+
+
+def test_tables_and_answers_are_there_for_a_page(opened, tmp_path):
+    service = opened()
+    desk = service.benchmarks
+    setup = desk.plan("little", ["toy"], "facts.json", protocols=["rome"])
+    ahead = desk.outlook(setup, {"toy": 3.0})
+    assert (ahead.cases, ahead.measurements, ahead.seconds, ahead.known_as) == (2, 4, 6.0, "")
+    name = desk.start(setup)
+    until(lambda: desk.sweep(name).state == "done")
+    tables = desk.tables(name)
+    assert (tables.done, tables.total) == (4, 4)
+    assert list(dict.fromkeys(tables.scores["method"])) == ["unedited", "toy"]
+    for row in tables.scores.itertuples():
+        measure = tables.measure(row.protocol, row.metric)
+        behind = desk.behind(name, measure, row.method)
+        assert len(behind), row
+        if len(measure.of) == 1:
+            mean = behind[behind["counts"]].groupby("case")["value"].mean()
+            assert mean.mean() == pytest.approx(row.value, abs=1e-6), row
+            assert len(mean) == row.n
+    assert len(desk.answers(name)) == len(desk.of(name).answers)
+    assert desk.files(name) == ("report.html", "plan.json")
+    assert desk.file(name, "report.html").lower().startswith(b"<!doctype html>")
+    with pytest.raises(UnknownName):
+        desk.file(name, "../setup.json")
+    case = desk.case(name, tables.plan.ids[0])
+    question = desk.question(name, "toy", case.id)
+    assert question.requests == case.requests
+    assert question.method == tables.plan.entrant("toy").method
+    again = desk.outlook(setup, {})
+    assert again.known_as == name
+    assert again.seconds is not None  # by its own pace, which was kept
+    with pytest.raises(BadInput):
+        desk.case(name, "no such case")
+
+
+def test_answers_are_read_from_the_lines_while_the_file_is_old(opened):
+    service = opened()
+    desk = service.benchmarks
+    name = desk.start(desk.plan("little", ["toy"], "facts.json", protocols=["rome"]))
+    until(lambda: desk.sweep(name).state == "done")
+    measure = desk.tables(name).measure("rome", "ES")
+    whole = desk.behind(name, measure, "toy")
+    (desk.sweep(name).folder / "answers.parquet").write_bytes(b"PAR1 damaged")
+    pd.testing.assert_frame_equal(desk.behind(name, measure, "toy"), whole)
+    (desk.sweep(name).folder / "answers.parquet").unlink()
+    pd.testing.assert_frame_equal(desk.behind(name, measure, "toy"), whole)
+
+
+def test_why_it_failed_is_told_after_a_restart_until_it_is_gone_on_with(opened, monkeypatch):
+    broken = []
+
+    def prepare(lm, requests, params, seed, report):
+        if not broken:
+            broken.append(1)
+            lm.changes.append("something")
+        return TOY.prepare(lm, requests, params, seed, report)
+
+    monkeypatch.setattr(METHODS, "_entries", {"toy": replace(TOY, prepare=prepare)})
+    service = opened()
+    name = service.benchmarks.start(service.benchmarks.plan("little", ["toy"], "facts.json", protocols=["rome"]))
+    until(lambda: service.benchmarks.sweep(name).state == "failed")
+    service = opened()
+    told = service.benchmarks.sweep(name)
+    assert told.state == "failed"
+    assert "a change was left" in told.error
+    service.benchmarks.resume(name)
+    until(lambda: service.benchmarks.sweep(name).state == "done")
+    assert service.benchmarks.sweep(name).error == ""
+
+
+def test_a_third_one_is_refused_and_leaves_nothing(opened):
+    service = opened()
+    desk = service.benchmarks
+    slow = {"toy": {"sleep": 0.2}}
+    names = [
+        desk.start(desk.plan("little", ["toy"], "facts.json", protocols=["rome"], params=slow, seed=seed))
+        for seed in (1, 2)
+    ]
+    with pytest.raises(Busy, match="no room for a third"):
+        desk.start(desk.plan("little", ["toy"], "facts.json", protocols=["rome"], params=slow, seed=3))
+    assert {one.name for one in desk.all()} == set(names)
+    for name in names:
+        desk.stop(name)
+    until(lambda: not any(one.live for one in desk.all()))
+
+
+def test_an_upload_is_kept_by_its_digest(opened, tmp_path):
+    service = opened()
+    desk = service.benchmarks
+    data = json.dumps([record(1, "France"), {"case_id": 2}]).encode()
+    mark, found = desk.upload(data, "facts.json")
+    assert (len(found.cases), [one.record for one in found.problems]) == (1, ["2"])
+    assert desk.uploaded(mark, "facts.json").digest == found.digest
+    assert len(desk.plan("little", ["toy"], found, protocols=["rome"]).problems) == 1
+    for damaged in ("../facts", "0" * 64, ""):
+        with pytest.raises(BadInput, match="not here any more"):
+            desk.uploaded(damaged, "facts.json")
+    with pytest.raises(BadInput, match="larger than 5 MB"):
+        desk.upload(b"[" + b" " * MAX_UPLOAD + b"]", "big.json")
+    assert len(list((service.settings.cache_dir / "uploads").iterdir())) == 1

@@ -59,22 +59,6 @@ def test_from_start_over_an_example_to_the_detail(server, window):
     one.page.get_by_role("heading", name=place).wait_for()
 
 
-def test_looking_deeper_into_an_example(server, window):
-    if not examples.load():
-        pytest.skip("no examples are shipped yet (python -m mega_core examples)")
-    one = window(server)
-    one.go("/", "Edit Anatomy")
-    one.press("Open")
-    one.see_result()
-    for name in ("Attention heads", "Logit lens"):
-        one.page.locator('[class*="st-key-deep_views"] button', has_text=name).click()
-    one.press("Look")
-    for title in ("Heads that changed", "Through the layers"):
-        one.page.locator("summary", has_text=title).click()
-        one.page.locator('[data-testid="stExpander"]', has_text=title).locator("svg.marks, canvas").first.wait_for()
-    assert not one.page.locator('[class*="st-key-deep_views"] button', has_text="Logit lens").count()
-
-
 def test_an_own_edit_its_detail_and_its_link(server, window):
     one = window(server)
     one.go("/edit", "What you will see here")

@@ -13,11 +13,13 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 
 from mega_core.errors import BadInput, StoreError, UnknownName
-from mega_core.notebook import FAILURES, METADATA, VERDICTS, Notebook, Run, _engine, _url
+from mega_core.notebook import FAILURES, METADATA, VERDICTS, Notebook, Opinion, ReviewLabel, Run, _engine, _url
 
 ROOT = Path(__file__).parents[2]
 NOON = datetime(2025, 3, 1, 12, 0, 0, 123456, tzinfo=UTC)
@@ -45,6 +47,13 @@ def a_run(i: int = 1, **changes: object) -> Run:
     return replace(run, **changes)  # type: ignore[arg-type]
 
 
+TOKEN = "a-token-nobody-guesses"
+
+
+def said(i: int, reviewer: str = "ann", minutes: int = 0, **opinion: object) -> ReviewLabel:
+    return ReviewLabel(digest(i), reviewer, Opinion(**opinion), NOON + timedelta(minutes=minutes))  # type: ignore[arg-type]
+
+
 @pytest.fixture
 def book(place: str) -> Iterator[Notebook]:
     opened = Notebook.open(place)
@@ -67,7 +76,7 @@ def test_a_run_comes_back_as_it_was(book: Notebook, place: str) -> None:
     assert (entry.tags, entry.notes, entry.verdicts) == ((), (), ())
     again = Notebook.open(place)  # opening again changes nothing
     assert again.runs() == [entry]
-    assert again.health().revision == "0001"
+    assert again.health().revision == "0003"
     assert again.health().runs == 1
     assert again.health().notice == ""
     again.close()
@@ -151,11 +160,6 @@ def test_filters(book: Notebook) -> None:
     assert found(book, verdict="fails") == [3, 2]
     assert found(book, verdict="works") == [2, 1]
     assert found(book, unreviewed=True) == [3, 1]
-    assert book.choices() == {
-        "model": ("facts-small", "other_model"),
-        "method": ("memit", "rome"),
-        "tag": ("hard", "später"),
-    }
 
 
 def test_notes_belong_to_their_authors(book: Notebook) -> None:
@@ -219,6 +223,8 @@ def test_verdicts(book: Notebook) -> None:
     ]
     assert book.set_verdict(digest(1), "", author="ann") is None
     assert found(book, verdict="fails") == []
+    book.set_verdict(digest(1), "", "other", author="ann")  # a failure type may come first
+    assert [(v.author, v.failure) for v in book.get(digest(1)).verdicts] == [("ann", "other"), ("bob", "")]  # type: ignore[union-attr]
     with pytest.raises(UnknownName, match="works"):
         book.set_verdict(digest(1), "work")
     with pytest.raises(UnknownName, match="not applied"):
@@ -248,6 +254,8 @@ def test_deleting_takes_everything_attached(book: Notebook) -> None:
         book.set_note(digest(i), "n")
         book.set_tags(digest(i), ["t"])
         book.set_verdict(digest(i), "fails")
+    book.add_queue(TOKEN, "ours", "ann", [digest(1), digest(2)])
+    book.set_labels(TOKEN, [said(i, "bob", note="x") for i in (1, 2)])
     assert book.delete_run(digest(1))
     assert not book.delete_run(digest(1))
     assert found(book) == [2]
@@ -361,3 +369,149 @@ def test_tables_of_a_newer_version_are_left_alone(book: Notebook, place: str) ->
     with pytest.raises(StoreError, match="newer version"):
         Notebook.open(place)
     assert book.count() == 1
+
+
+def test_a_queue_holds_its_runs_in_order(book: Notebook) -> None:
+    for i in (1, 2, 3):
+        book.add_run(a_run(i))
+    made = book.add_queue(TOKEN, "  Failures of March ", "ann", [digest(3), digest(1), digest(3)])
+    assert (made.title, made.owner, made.size) == ("Failures of March", "ann", 2)
+    assert book.queue(TOKEN) == made
+    assert [int(run.digest, 16) for run in book.queue_runs(TOKEN)] == [3, 1]
+    assert book.queues("ann") == [made]
+    assert book.queues("bob") == []
+    for nobody in ("", "x" * 22, "../etc/passwd", "\x00" * 20, None):
+        assert book.queue(nobody) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"digests": []}, "runs"),
+        ({"digests": [digest(2)]}, "history"),  # of another session
+        ({"digests": ["x"]}, "digest"),
+        ({"title": " "}, "title"),
+        ({"token": "short"}, "token"),
+    ],
+)
+def test_queues_that_are_refused(book: Notebook, wrong: dict[str, object], field: str) -> None:
+    book.add_run(a_run(1))
+    book.add_run(a_run(2, session="bob"))
+    asked = {"token": TOKEN, "title": "t", "owner": "ann", "digests": [digest(1)], **wrong}
+    with pytest.raises(BadInput, match=field):
+        book.add_queue(**asked)  # type: ignore[arg-type]
+    assert book.queues("ann") == []
+
+
+def test_labels_belong_to_their_queue_run_and_reviewer(book: Notebook) -> None:
+    for i in (1, 2):
+        book.add_run(a_run(i))
+    book.add_queue(TOKEN, "one", "ann", [digest(1), digest(2)])
+    book.add_queue(f"{TOKEN}-2", "two", "ann", [digest(1)])
+    hostile = "'); DROP TABLE runs;-- <b>=1+1</b>\nsecond line"
+    first = said(1, "ann", verdict="fails", failure="partial", severity=2, tags=("B", "a", "b"), note=hostile)
+    assert book.set_labels(TOKEN, [first, said(2, "ann", verdict="works"), said(1, "bob", failure="other")]) == 3
+    assert book.set_labels(f"{TOKEN}-2", [said(1, "ann", verdict="unsure")]) == 1
+    kept = {(label.digest[-1], label.reviewer): label.said for label in book.labels(TOKEN)}
+    assert kept == {
+        ("1", "ann"): Opinion("fails", "partial", 2, ("a", "b"), hostile),
+        ("1", "bob"): Opinion(failure="other"),
+        ("2", "ann"): Opinion("works"),
+    }
+    assert [label.updated for label in book.labels(TOKEN, digest(2))] == [NOON]
+    book.set_labels(TOKEN, [said(1, "ann")])  # nothing said: the label goes
+    assert [label.reviewer for label in book.labels(TOKEN, digest(1))] == ["bob"]
+    entry = book.get(digest(1))
+    assert entry is not None
+    assert (entry.notes, entry.tags, entry.verdicts) == ((), (), ())  # nothing of it reaches the run
+
+
+def test_labels_are_written_all_or_none_and_newer_ones_win(book: Notebook) -> None:
+    book.add_run(a_run(1))
+    book.add_queue(TOKEN, "one", "ann", [digest(1)])
+    book.set_labels(TOKEN, [said(1, minutes=5, verdict="fails")])
+    older, newer = said(1, minutes=4, verdict="works"), said(1, minutes=6, verdict="partial")
+    assert book.set_labels(TOKEN, [older], newer=True) == 0
+    assert book.labels(TOKEN)[0].said.verdict == "fails"
+    assert book.set_labels(TOKEN, [newer], newer=True) == 1
+    assert book.labels(TOKEN)[0].said.verdict == "partial"
+    for wrong, error in (
+        (said(2, verdict="works"), UnknownName),
+        (said(1, verdict="wrong"), UnknownName),
+        (said(1, failure="wrong"), UnknownName),
+        (said(1, severity=4), BadInput),
+        (said(1, note="x" * 10_001), BadInput),
+        (said(1, tags=("x" * 41,)), BadInput),
+        (said(1, " "), BadInput),
+        (said(1, "x" * 61), BadInput),
+    ):
+        with pytest.raises(error):
+            book.set_labels(TOKEN, [said(1, minutes=9, verdict="unsure"), wrong])
+    assert book.labels(TOKEN)[0].said.verdict == "partial"
+
+
+def test_a_queue_keeps_a_run_that_its_asker_deletes(book: Notebook) -> None:
+    for i in (1, 2):
+        book.add_run(a_run(i))
+        book.set_note(digest(i), "mine", "ann")
+    book.add_run(a_run(2, session="bob"))
+    book.add_queue(TOKEN, "one", "ann", [digest(1), digest(2)])
+    book.set_labels(TOKEN, [said(1, "bob", verdict="fails")])
+    assert book.delete_run(digest(1), "ann")
+    assert found(book, session="ann") == [2]
+    assert [int(run.digest, 16) for run in book.queue_runs(TOKEN)] == [1, 2]
+    assert book.labels(TOKEN)[0].reviewer == "bob"
+    assert book.get(digest(1)).notes == ()  # type: ignore[union-attr]
+    assert not book.delete_queue(TOKEN, "bob")
+    assert book.delete_queue(TOKEN, "ann")
+    assert not book.delete_queue(TOKEN, "ann")
+    assert (book.queue(TOKEN), book.labels(TOKEN), book.get(digest(1))) == (None, [], None)
+    assert book.get(digest(2)) is not None
+
+
+def test_tags_belong_to_their_authors(book: Notebook) -> None:
+    for session in ("ann", "bob"):
+        book.add_run(a_run(1, session=session))
+    assert book.set_tags(digest(1), ["odd", "Both"], "ann") == ("both", "odd")
+    book.set_tags(digest(1), ["both"], "bob")
+    book.set_tags(digest(1), ["shared"])
+    assert [entry.tags for entry in book.runs(session="ann")] == [("both", "odd", "shared")]
+    assert [entry.tags for entry in book.runs(session="bob")] == [("both", "shared")]
+    assert book.get(digest(1), "bob").tags == ("both", "shared")  # type: ignore[union-attr]
+    assert book.get(digest(1)).tags == ("both", "odd", "shared")  # type: ignore[union-attr]
+    assert found(book, session="bob", tag="odd") == []
+    assert found(book, session="ann", tag="ODD") == found(book, tag="odd") == [1]
+    book.set_tags(digest(1), [], "bob")
+    assert book.get(digest(1), "ann").tags == ("both", "odd", "shared")  # type: ignore[union-attr]
+
+
+def test_tags_of_an_older_notebook_go_to_the_last_asker(place: str) -> None:
+    engine = _engine(_url(place))
+    config = Config()
+    config.set_main_option("script_location", str(ROOT / "mega_core" / "migrations"))
+    with engine.begin() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0002")
+        values = {c.name: "x" for c in METADATA.tables["runs"].c} | {"edits": 1, "seconds": 1.0, "metrics": "{}"}
+        values |= {"digest": digest(1), "session": "ann", "created": NOON.replace(tzinfo=None)}
+        names = ", ".join(values)
+        connection.execute(
+            sa.text(f"INSERT INTO runs ({names}) VALUES ({', '.join(':' + name for name in values)})"), values
+        )
+        connection.execute(sa.text(f"INSERT INTO tags (digest, tag) VALUES ('{digest(1)}', 'odd')"))
+    engine.dispose()
+    book = Notebook.open(place)
+    assert book.get(digest(1), "ann").tags == ("odd",)  # type: ignore[union-attr]
+    assert book.get(digest(1), "bob").tags == ()  # type: ignore[union-attr]
+    book.close()
+
+
+def test_a_filter_by_verdict_counts_only_the_readers_own(book: Notebook) -> None:
+    book.add_run(a_run())
+    book.set_verdict(digest(1), "unsure", author="someone else")
+    session = a_run().session
+    assert book.runs(session=session, verdict="unsure") == []
+    assert [entry.run.digest for entry in book.runs(session=session, unreviewed=True)] == [digest(1)]
+    book.set_verdict(digest(1), "unsure", author=session)
+    assert [entry.run.digest for entry in book.runs(session=session, verdict="unsure")] == [digest(1)]
+    assert book.runs(session=session, unreviewed=True) == []

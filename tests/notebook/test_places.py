@@ -138,22 +138,24 @@ def test_an_older_notebook_is_copied_before_its_tables_change(tmp_path: Path, mo
     folder = tmp_path / "steps" / "migrations"
     source = Path(module.__file__).parent / "migrations"
     (folder / "versions").mkdir(parents=True)
-    for name in ("env.py", "script.py.mako", "versions/0001_first_tables.py"):
+    steps = sorted(file.name for file in (source / "versions").glob("0*.py"))
+    for name in ("env.py", "script.py.mako", *(f"versions/{step}" for step in steps)):
         (folder / name).write_text((source / name).read_text())
-    (folder / "versions" / "0002_more.py").write_text(
-        "import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '0002', '0001'\n"
+    head = steps[-1][:4]
+    (folder / "versions" / "9999_more.py").write_text(
+        f"import sqlalchemy as sa\nfrom alembic import op\nrevision, down_revision = '9999', {head!r}\n"
         "branch_labels = depends_on = None\n"
         "def upgrade():\n    op.add_column('runs', sa.Column('extra', sa.Text))\n"
     )
     monkeypatch.setattr(module, "__file__", str(tmp_path / "steps" / "notebook.py"))
     book = Notebook.open(path)
-    assert book.health().revision == "0002"
+    assert book.health().revision == "9999"
     assert book.health().runs == 3
     book.close()
     monkeypatch.undo()
-    copy = tmp_path / "notebook.db.before-0002"
+    copy = tmp_path / "notebook.db.before-9999"
     old = Notebook.open(copy)
-    assert old.health().revision == "0001"
+    assert old.health().revision == head
     assert old.count() == 3
     assert old.get(digest(2)).notes  # type: ignore[union-attr]
     old.close()

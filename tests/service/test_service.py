@@ -429,7 +429,8 @@ def test_notes_tags_and_verdicts_go_to_the_notebook(service):
     entry = service.entry(digest)
     assert [note.text for note in entry.notes] == ["look at this"]
     assert entry.verdicts[0].failure == "neighbour bleed"
-    assert service.run_choices()["tag"] == ("odd",)
+    assert service.run_choices("anna")["tag"] == ("odd",)
+    assert service.run_choices("berta") == {"model": (), "method": (), "tag": ()}
     assert service.delete_run(digest, "berta") is False
     assert service.delete_run(digest, "anna") is True
     assert service.entry(digest) is None

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from math import exp, log
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from mega_core import frames
@@ -19,9 +18,13 @@ from mega_core.notebook import Entry, Note, NotebookHealth, Run, Verdict
 from mega_core.records import EditRequest, Inspection, MethodRef, ModelRef, Receipt, Report
 from mega_core.regions import Claim, Count, Region
 from mega_core.service import PROMISES, Answer, MethodInfo, ModelInfo, Status, ViewInfo
+from mega_core.service.told import Gpu
+from mega_core.store import StoreHealth
 from mega_core.summary import outcome, verdict
 from tests.ui.fakes.benchmarks import FakeBenchmarks
 from tests.ui.fakes.chains import FakeChains
+from tests.ui.fakes.checks import FakeChecks
+from tests.ui.fakes.comparisons import FakeComparisons
 from tests.ui.fakes.masks import FakeMasks
 from tests.ui.fakes.reviews import FakeReviews
 from tests.ui.fakes.sharing import FakeSharing
@@ -304,6 +307,8 @@ class FakeService:
     reviews: FakeReviews = field(default_factory=FakeReviews)
     sharing: FakeSharing = field(default_factory=FakeSharing)
     steering: FakeSteering = field(default_factory=FakeSteering)
+    comparisons: FakeComparisons = field(default_factory=FakeComparisons)
+    checks: FakeChecks = field(default_factory=FakeChecks)
 
     def close(self) -> None: ...
 
@@ -428,8 +433,11 @@ class FakeService:
         return "j" * 32
 
     def submit_several(self, plans: list[Inspection], owner: str) -> str:
+        if self.broken is not None:
+            raise self.broken
         self.submitted += plans
-        return self.submit(plans[0], owner, kind="compare")
+        self.view = replace(running(self.digest(plans[0])), kind="compare")
+        return "j" * 32
 
     def jobs(self, owner: str) -> list[JobView]:
         return []
@@ -485,7 +493,7 @@ class FakeService:
     def count_runs(self, **filters: Any) -> int:
         return len(self.entries)
 
-    def run_choices(self) -> dict[str, tuple[str, ...]]:
+    def run_choices(self, owner: str) -> dict[str, tuple[str, ...]]:
         return {"model": ("atlas-gpt2",), "method": ("rome",), "tag": ()}
 
     def entry(self, digest: str) -> Entry | None:
@@ -495,7 +503,7 @@ class FakeService:
         now = datetime.now(UTC)
         self.entries[digest] = replace(self.entries[digest], notes=(Note(digest, author, text, now, now),))
 
-    def tags(self, digest: str, tags: list[str]) -> None:
+    def tags(self, digest: str, tags: list[str], author: str = "") -> None:
         self.entries[digest] = replace(self.entries[digest], tags=tuple(tags))
 
     def verdict(self, digest: str, verdict: str, failure: str = "", severity: int = 0, author: str = "") -> None:
@@ -514,10 +522,15 @@ class FakeService:
             running=1,
             waiting=0,
             max_waiting=8,
-            store=SimpleNamespace(),  # type: ignore[arg-type]
+            store=StoreHealth("disk", "", 12, 3_500_000, 30, 10, 1),
             notebook=NotebookHealth("sqlite", "", "0001", len(self.entries)),
             notices=(),
             promises=PROMISES,
+            per_session=2,
+            job_seconds=1800.0,
+            memory_bytes=512 * 2**20,
+            gpus=(Gpu("Some GPU", 2**30, 80 * 2**30),),
+            store_limit=2**30,
         )
 
 

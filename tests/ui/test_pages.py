@@ -9,7 +9,7 @@ import pytest
 
 from mega_core.errors import BadInput, Busy
 from tests.ui.conftest import words
-from tests.ui.fake import FAILS, LEAKS, WORKS, FakeService, failed, running
+from tests.ui.fake import FAILS, LEAKS, WORKS, failed, running
 
 
 def fill(at, subject="Eiffel Tower", template="{} is located in the city of", new="Rome", true="Paris"):
@@ -161,7 +161,7 @@ class TestEdit:
         assert at.text_input(key="edit_subject").value == "Eiffel Tower"
         assert at.text_area(key="edit_neighbours").value.startswith("Louvre Museum")
         assert not desk.submitted
-        assert len(specs(at)) == 5  # four of the run, one of many edits
+        assert len(specs(at)) == 4  # next tokens, evidence, map, profile
         values = {metric.label: metric.value for metric in at.metric}
         assert values["New object"] == "93 %"
         assert values["Neighbours kept"] == "5 / 6"
@@ -230,89 +230,6 @@ class TestEdit:
         at.query_params.clear()
         at.switch_page("pages/edit.py").run()
         assert "Rome is now the most likely answer" in words(at)
-
-
-class TestLookDeeper:
-    def open(self, visit):
-        return visit("edit", run=WORKS.digest)
-
-    def test_a_run_offers_the_views_it_has_not_got(self, visit):
-        at = self.open(visit)
-        assert "Look deeper" in words(at)
-        (pills,) = [group for group in at.button_group if str(group.key).startswith("deep_views")]
-        assert pills.options == ["Heads"]
-        assert at.button(key="deep_look").disabled
-
-    def test_what_many_edits_have_in_common_is_told_with_figures(self, visit):
-        at = self.open(visit)
-        text = words(at)
-        assert "The published pattern holds for every editor: rome." in text
-        assert "late attention promotes the new object" in text
-        assert "+9.10 nats, +8.50 to +9.70" in text
-        assert any("Change, nats" in json.dumps(spec) for spec in specs(at))
-
-    def test_when_looking_fails_the_run_is_still_shown(self, desk, visit):
-        at = self.open(visit)
-        (pills,) = [group for group in at.button_group if str(group.key).startswith("deep_views")]
-        pills.set_value(["heads"]).run()
-        at.button(key="deep_look").click().run()
-        desk.view = failed("e" * 64)
-        at.run()
-        assert not at.exception
-        text = words(at)
-        assert "ran out of memory" in text
-        assert "Rome is now the most likely answer" in text
-        assert at.query_params["run"] in (WORKS.digest, [WORKS.digest])
-
-    def test_asking_for_a_view_asks_the_same_question_with_it(self, desk, visit):
-        at = self.open(visit)
-        (pills,) = [group for group in at.button_group if str(group.key).startswith("deep_views")]
-        pills.set_value(["heads"]).run()
-        assert "Which heads carry it." in words(at)
-        at.button(key="deep_look").click().run()
-        assert not at.exception
-        (plan,) = desk.submitted
-        assert plan == replace(WORKS.question, views=("heads", "module_scores"))
-
-
-class TestRuns:
-    def test_empty(self, visit):
-        assert "No runs yet" in words(visit("runs"))
-
-    def test_a_run_is_listed_annotated_and_deleted(self, desk: FakeService, visit):
-        desk.visited(WORKS, "o" * 32)
-        at = visit("runs")
-        table = at.dataframe[0].value
-        assert table["fact"].tolist() == ["Eiffel Tower is located in the city of Rome"]
-        at.session_state["runs_table"] = {"selection": {"rows": [0], "columns": [], "cells": []}}
-        at.run()
-        short = WORKS.digest[:12]
-        at.text_area(key=f"note_{short}").set_value("looks fine")
-        at.text_input(key=f"tags_{short}").set_value("paris, towers")
-        next(b for b in at.button if b.label == "Save").click().run()
-        assert not at.exception
-        assert desk.entries[WORKS.digest].notes[0].text == "looks fine"
-        assert desk.entries[WORKS.digest].tags == ("paris", "towers")
-
-    def test_no_match(self, desk, visit):
-        desk.visited(WORKS, "o" * 32)
-        at = visit("runs")
-        at.text_input(key="runs_text").set_value("nothing like it").run()
-        assert "No run matches" in words(at)
-
-
-class TestStatus:
-    def test_promises_words_and_limits(self, visit):
-        text = words(visit("status"))
-        assert "bit-identical" in text
-        assert "Paraphrase" in text
-        assert "does not prove cause" in text
-        assert "Everything works." in text
-
-    def test_notices_are_shown(self, desk, visit, monkeypatch):
-        whole = desk.status()
-        monkeypatch.setattr(desk, "status", lambda: replace(whole, notices=("Results aren't being saved.",)))
-        assert "Results aren't being saved." in words(visit("status"))
 
 
 def test_an_error_in_a_page_shows_an_id_and_no_more(desk, visit, monkeypatch):

@@ -99,11 +99,11 @@ class Sheet:
         """A row per cloze and question, and per metric that it is behind."""
         rows = []
         for edit in self.edits:
-            whole, first, said = self._recalled(edit, told)
+            whole, first, said = self.recalled(edit, told)
             rows.append(Row(multihop.EDIT, edit.prompt, edit.expected, said, whole))
             rows.append(Row("edit_first", edit.prompt, edit.expected, said, first))
         for group, one in enumerate(self.chains):
-            recalled = [(hop, *self._recalled(hop, told)) for hop in one.hops]
+            recalled = [(hop, *self.recalled(hop, told)) for hop in one.hops]
             for hop, whole, first, said in recalled:
                 for metric, value in (
                     (multihop.HOP, whole), ("hop_first", first), ("instance", whole), ("instance_first", first),
@@ -124,7 +124,7 @@ class Sheet:
                     rows.append(Row(multihop.OLD, question, old[0], said, still, group=group))
         return rows
 
-    def _recalled(self, recall: _Recall, told: Told) -> tuple[float, float, str]:
+    def recalled(self, recall: _Recall, told: Told) -> tuple[float, float, str]:
         """Whole answer, its first token, and what was said as far as a name goes along."""
         from mega_core.models import tokens
 

@@ -1,0 +1,57 @@
+"""The head of a finished run on the edit page: what happened, which run it is, its files, and the way on."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from mega_core.evaluation.text import verdict
+from mega_core.records import Report
+from mega_core.summary import outcome
+from pages.components import frame, run_exports
+from pages.components.report_view import outcome_badge
+from pages.components.run_badges import imported_badge
+from pages.components.text import md, seconds
+
+LEADS_TO = {"anatomy": "Look inside", "compare": "Compare methods", "multihop": "Ask over two facts"}
+"""Pages that go on from a run -> what their link says."""
+
+
+def draw(report: Report) -> None:
+    """What happened, in words, with the run's identity, its files and links to the pages that go on from it."""
+    request = report.question.requests[0]
+    with st.container(border=True, gap="small"):
+        with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+            outcome_badge(outcome(report).kind)
+            restored = report.receipt.restored and report.receipt.hooks_left == 0
+            st.badge(
+                "model restored" if restored else "model was replaced",
+                icon=":material/verified:" if restored else ":material/warning:",
+                color="gray" if restored else "orange",
+                help="The weights were compared by digest after the run.",
+            )
+            st.badge(md(report.question.method.name.upper()), color="gray")
+            st.badge(md(report.question.model.name), color="gray")
+            st.badge(md(seconds(sum(report.timing.values()))), icon=":material/timer:", color="gray")
+            st.badge(
+                f"run {report.digest[:8]}",
+                icon=":material/tag:",
+                color="gray",
+                help="The first characters of the run id.",
+            )
+            imported_badge(report)
+            st.space("stretch")
+            run_exports.draw(report)
+        st.header(md(verdict(report)), anchor=False)
+        original = f", :gray[was {md(request.target_true)}]" if request.target_true else ""
+        st.markdown(f"{md(request.prompt)} **{md(request.target_new)}**{original}")
+        for note in report.notes:
+            st.caption(f":material/info: {md(note)}")
+        ways(report, LEADS_TO)
+
+
+def ways(report: Report, labels: dict[str, str]) -> None:
+    """Links to this run on other pages."""
+    pages = {info.name: info for info in frame.PAGES}
+    with st.container(horizontal=True, gap="small"):
+        for name, label in labels.items():
+            st.page_link(pages[name].file, label=label, icon=pages[name].icon, query_params={"run": report.digest})
