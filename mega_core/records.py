@@ -7,6 +7,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from io import BytesIO
 from math import inf, isfinite
 from types import MappingProxyType
@@ -22,6 +23,7 @@ from mega_core.keys import digest
 SCHEMA_VERSION = 1
 MAX_SUBJECT, MAX_TEMPLATE, MAX_TARGET, MAX_PROMPTS = 128, 512, 64, 32
 MAX_REPORT_BYTES = 64 * 2**20
+KEPT_REPORT_BYTES = 4 * 2**20
 FILE_KIND = "edit-anatomy run"
 MAX_FILE_BYTES = 5 * 2**20
 """Of a run as a JSON file from elsewhere."""
@@ -252,30 +254,38 @@ class Report:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Report:
-        """Read what to_bytes wrote. Raises StoreError on damage, another schema, or a container too large."""
-        try:
-            with ZipFile(BytesIO(data)) as box:
-                if sum(entry.file_size for entry in box.infolist()) > MAX_REPORT_BYTES:
-                    raise StoreError("The stored report is larger than a report can be.", "Run the edit again.")
-                header = json.loads(box.read("report.json"))
-                if header["schema_version"] != SCHEMA_VERSION:
-                    raise StoreError(f"The stored report has schema {header['schema_version']}.", "Run the edit again.")
-                names = [entry.removesuffix(".parquet") for entry in box.namelist() if entry.endswith(".parquet")]
-                frames = {name: tables.from_parquet(box.read(f"{name}.parquet"), name) for name in names}
-            return cls(
-                question=inspection_from_plain(header["question"]),
-                digest=header["digest"],
-                model_digest=header["model_digest"],
-                frames=frames,
-                receipt=Receipt(**header["receipt"]),
-                timing=header["timing"],
-                notes=tuple(header["notes"]),
-                environment=header["environment"],
-            )
-        except (BadZipFile, KeyError, TypeError, ValueError) as error:
-            raise StoreError(
-                f"The stored report can't be read ({type(error).__name__}).", "Run the edit again."
-            ) from error
+        """Read what to_bytes wrote: the same bytes in a row are read once, since pages ask for a run at every redraw.
+
+        Raises StoreError on damage, another schema, or a container too large.
+        """
+        return _kept_from_bytes(data) if len(data) <= KEPT_REPORT_BYTES else _from_bytes(data)
+
+
+def _from_bytes(data: bytes) -> Report:
+    try:
+        with ZipFile(BytesIO(data)) as box:
+            if sum(entry.file_size for entry in box.infolist()) > MAX_REPORT_BYTES:
+                raise StoreError("The stored report is larger than a report can be.", "Run the edit again.")
+            header = json.loads(box.read("report.json"))
+            if header["schema_version"] != SCHEMA_VERSION:
+                raise StoreError(f"The stored report has schema {header['schema_version']}.", "Run the edit again.")
+            names = [entry.removesuffix(".parquet") for entry in box.namelist() if entry.endswith(".parquet")]
+            frames = {name: tables.from_parquet(box.read(f"{name}.parquet"), name) for name in names}
+        return Report(
+            question=inspection_from_plain(header["question"]),
+            digest=header["digest"],
+            model_digest=header["model_digest"],
+            frames=frames,
+            receipt=Receipt(**header["receipt"]),
+            timing=header["timing"],
+            notes=tuple(header["notes"]),
+            environment=header["environment"],
+        )
+    except (BadZipFile, KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"The stored report can't be read ({type(error).__name__}).", "Run the edit again.") from error
+
+
+_kept_from_bytes = lru_cache(maxsize=8)(_from_bytes)
 
 
 def as_plain(record: Any) -> Any:

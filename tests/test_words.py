@@ -403,6 +403,14 @@ def test_a_report_holds_its_tables_to_their_contracts() -> None:
         report(QUESTION).frames["answers"] = frames.empty("answers")  # type: ignore[index]
 
 
+def test_the_same_bytes_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = report(QUESTION, {"metrics": frames.from_rows([row("metrics")], "metrics")}, notes=("once",)).to_bytes()
+    first = Report.from_bytes(data)
+    assert Report.from_bytes(bytes(bytearray(data))) is first
+    monkeypatch.setattr("mega_core.records.KEPT_REPORT_BYTES", 0)  # what is large is not kept
+    assert Report.from_bytes(data) is not first
+
+
 @pytest.mark.parametrize("cut", [0, 1, 40, -30])
 def test_a_cut_report_is_refused_with_a_next_step(cut: int) -> None:
     data = report(QUESTION, {"metrics": frames.from_rows([row("metrics")], "metrics")}).to_bytes()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,19 @@ def load(model: str, weights: str, folder: Path = FOLDER) -> Measured | None:
     path = folder / f"{model}.json"
     if not path.is_file():
         return None
+    stamp = path.stat()
+    found = _read(path, stamp.st_mtime_ns, stamp.st_size)
+    return found if (found.region.model, found.region.weights) == (model, weights) else None
+
+
+@lru_cache(maxsize=4)
+def _read(path: Path, changed: int, size: int) -> Measured:
+    """The file as it is at this time and size: pages ask for it at every redraw."""
     try:
-        if path.stat().st_size > MAX_BYTES:
+        if size > MAX_BYTES:
             raise ValueError("too large")
         plain = json.loads(path.read_bytes())
-        found = Measured(
+        return Measured(
             Region.of_plain(plain["region"]),
             str(plain["verdict"]),
             {
@@ -62,7 +71,6 @@ def load(model: str, weights: str, folder: Path = FOLDER) -> Measured | None:
         raise StoreError(
             f"{path.name} is damaged ({str(error)[:80]}).", "Make it again: mega_core contrast."
         ) from error
-    return found if (found.region.model, found.region.weights) == (model, weights) else None
 
 
 def write(study: Mapping[str, Any], folder: Path = FOLDER) -> Path:

@@ -1,6 +1,7 @@
 """What the Anatomy page looks at: view, object, state and place, kept in the session and in the address.
 
-The address is text from anybody: each part counts only when it names one of our own choices.
+The address is text from anybody: each part counts only when it names one of our own choices. It is read when the page
+is opened and written afterwards: behind a quick click the browser still sends the address of the click before.
 """
 
 from __future__ import annotations
@@ -107,17 +108,35 @@ def known(digest: str, _report: Report) -> Known:
 # In the session and in the address ------------------------------------------------------------------------------------
 
 
+def arrive() -> None:
+    """The page is opened: what the address asks for is looked at once."""
+    st.session_state["anatomy_asked"] = st.query_params.to_dict()
+
+
+def _asked(name: str) -> str | None:
+    asked: dict[str, str] = st.session_state.get("anatomy_asked", {})
+    return asked.pop(name, None)
+
+
 def chosen(name: str, options: Sequence[str], default: str) -> str:
-    """The choice `name`: as the address says, else as it was last, else the default; set for the widget of this key.
+    """The choice `name`: as the address asked, else as it was last, else the default; set for the widget of this key.
     The default must be an option.
     """
-    kept = f"anatomy_kept_{name}"  # a widget's own key is forgotten when its page is left
-    asked = (st.query_params.get(name), st.session_state.get(kept), default)
+    asked = (_asked(name), st.session_state.get(_kept(name)), default)
     value = next(option for one in asked for option in options if option == one)
-    st.session_state[kept] = st.session_state[f"anatomy_{name}"] = value
-    if asked[0] != value:
-        st.query_params[name] = value
+    st.session_state[f"anatomy_{name}"] = value
+    _choose(name, value)
     return value
+
+
+def _kept(name: str) -> str:
+    return f"anatomy_kept_{name}"  # a widget's own key is forgotten when its page is left
+
+
+def _choose(name: str, value: str) -> None:
+    st.session_state[_kept(name)] = value
+    if st.query_params.get(name) != value:
+        st.query_params[name] = value
 
 
 def remember(name: str) -> Callable[[], None]:
@@ -125,7 +144,7 @@ def remember(name: str) -> Callable[[], None]:
 
     def changed() -> None:
         if (value := st.session_state.get(f"anatomy_{name}")) is not None:
-            st.query_params[name] = str(value)
+            _choose(name, str(value))
 
     return changed
 
@@ -136,8 +155,9 @@ def turn() -> int:
 
 
 def place_of(places: Known) -> Place | None:
-    """The place looked at, when this run knows it: as the address says, else as it was last."""
-    place = places.read(st.query_params.get("at", st.session_state.get("anatomy_at")))
+    """The place looked at, when this run knows it: as the address asked, else as it was last."""
+    asked = _asked("at")
+    place = places.read(st.session_state.get("anatomy_at") if asked is None else asked)
     _keep(place)
     return place
 
@@ -150,7 +170,7 @@ def go_to(place: Place | None, view: str | None = None, *, clicked: bool = False
         st.session_state["anatomy_turn"] = turn() + 1
     _keep(place)
     if view is not None:
-        st.query_params["view"] = view
+        _choose("view", view)
 
 
 def _keep(place: Place | None) -> None:

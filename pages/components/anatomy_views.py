@@ -12,7 +12,18 @@ from pages.components import anatomy_ask, anatomy_map, anatomy_verify, tables
 from pages.components import anatomy_tables as rearranged
 from pages.components.anatomy_about import ABOUT
 from pages.components.anatomy_pictures import SEGMENTS, Look, picture
-from pages.components.anatomy_place import Known, Place, breadcrumb, chosen, go_to, known, place_of, remember, turn
+from pages.components.anatomy_place import (
+    Known,
+    Place,
+    arrive,
+    breadcrumb,
+    chosen,
+    go_to,
+    known,
+    place_of,
+    remember,
+    turn,
+)
 from pages.components.figure import figure
 from pages.components.prepared import tables_of
 from pages.components.session import told
@@ -51,6 +62,7 @@ class View:
 
 def draw(report: Report) -> None:
     """Controls, breadcrumb, the chosen view, and verification of the place looked at."""
+    arrive()
     _body(report)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import streamlit as st
 
 MARK = str(Path(__file__).with_name("mark.svg"))
+STYLE = Path(__file__).with_name("frame.css")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ def navigation() -> st.Page:
         for info in PAGES
     }
     chosen = st.navigation(list(pages.values()), position="hidden")
+    st.html(STYLE)
     _menu(pages)
     return chosen
 

@@ -119,6 +119,9 @@ def _of_facts() -> None:
 
 def _next(link: Link, label: str, key: str) -> Link:
     onward = {one.relation: one for one in service().chains.onward(link)}
+    if not onward:
+        st.caption("The chain ends here: nothing is known of that object.")
+        return None
     chosen = st.selectbox(label, list(onward), format_func=lambda one: onward[one].phrase, key=key)
     return onward[chosen]
 
@@ -126,13 +129,15 @@ def _next(link: Link, label: str, key: str) -> Link:
 def _maybe(link: Link, key: str) -> Link | None:
     """A third step, if there is one and it is wanted."""
     onward = {one.relation: one for one in service().chains.onward(link)}
+    if not onward:
+        st.caption("The chain ends here: nothing is known of that object.")
+        return None
     chosen = st.selectbox(
         "And then the (optional)",
         list(onward),
         index=None,
         format_func=lambda one: onward[one].phrase,
-        placeholder="two steps are enough" if onward else "the chain ends here",
-        disabled=not onward,
+        placeholder="two steps are enough",
         key=key,
     )
     return onward[chosen] if chosen else None

@@ -79,16 +79,16 @@ def draw(sitting: Sitting, shown: tuple[Case, ...], case: Case) -> None:
     else:
         _cleared(case.run)
     facts, form = st.columns([3, 2], gap="medium")
+    with form:  # first: a key press shows here
+        if sitting.reviewer:
+            _form(sitting, shown, case)
+        else:
+            st.info("Type a reviewer name above to begin: your labels carry it.", icon=":material/badge:")
     with facts:
         if report is not None:
             if len(report.question.requests) > 1:
                 st.caption(f"The first of {len(report.question.requests)} edits made together.")
             report_view.answers(report)
-    with form:
-        if sitting.reviewer:
-            _form(sitting, shown, case)
-        else:
-            st.info("Type a reviewer name above to begin: your labels carry it.", icon=":material/badge:")
     if report is not None:
         _pictures(report)
 

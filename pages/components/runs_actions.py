@@ -11,10 +11,10 @@ from mega_core.notebook import VERDICTS, Entry
 from mega_core.records import Report
 from mega_core.service import MAX_COMPARED
 from pages.components import run_files, runs_compare, runs_list
-from pages.components.session import owner, service, tell
+from pages.components.session import owner, service, tell, told
 from pages.components.text import md, seconds
 
-CHARTS_SECONDS = 3
+CHARTS_SECONDS = 2
 """What the pictures of one run take, about."""
 EXPORT_AT_MOST = 50
 NAMED = 8
@@ -52,38 +52,44 @@ def draw(picked: Sequence[Entry]) -> None:
 
 def _export(picked: Sequence[Entry]) -> None:
     """One archive of all chosen runs."""
-    desk = service()
     with st.popover("Export", icon=":material/download:", key="runs_export"):
-        parts = st.pills(
-            "What to put in",
-            list(run_files.PARTS),
-            selection_mode="multi",
-            default=["run.json", "tables"],
-            format_func=lambda part: f"{part}: {run_files.PARTS[part]}",
-            key="runs_parts",
-        )
-        chosen = picked[:EXPORT_AT_MOST]
-        if len(picked) > len(chosen):
-            st.caption(f"The first {EXPORT_AT_MOST} of {len(picked)} go in.")
-        if "charts" in parts or "report.html" in parts:
-            st.caption(f"Drawing takes about {seconds(CHARTS_SECONDS * len(chosen))}.")
+        _archive(picked)
 
-        def found() -> list[Report]:
-            return [report for entry in chosen if (report := desk.cached(entry.run.digest)) is not None]
 
-        index = runs_list.list_csv(chosen)
-        st.download_button(
-            f"Download {len(chosen)} run{'' if len(chosen) == 1 else 's'}",
-            data=lambda: run_files.several_zip(found(), parts, index),
-            file_name="runs.zip" if len(chosen) > 1 else f"run-{chosen[0].run.digest[:12]}.zip",
-            mime="application/zip",
-            icon=":material/download:",
-            on_click="ignore",
-            type="primary",
-            disabled=not parts,
-            key="runs_zip",
-        )
-        st.caption("A folder for each run, and the list of them. A run whose result was cleared is in the list only.")
+@st.fragment  # Streamlit drops a file that is made on demand at each redraw: the shorter one is, the fewer presses fail
+@told
+def _archive(picked: Sequence[Entry]) -> None:
+    desk = service()
+    parts = st.pills(
+        "What to put in",
+        list(run_files.PARTS),
+        selection_mode="multi",
+        default=["run.json", "tables"],
+        format_func=lambda part: f"{part}: {run_files.PARTS[part]}",
+        key="runs_parts",
+    )
+    chosen = picked[:EXPORT_AT_MOST]
+    if len(picked) > len(chosen):
+        st.caption(f"The first {EXPORT_AT_MOST} of {len(picked)} go in.")
+    if "charts" in parts or "report.html" in parts:
+        st.caption(f"Drawing takes about {seconds(CHARTS_SECONDS * len(chosen))}.")
+
+    def found() -> list[Report]:
+        return [report for entry in chosen if (report := desk.cached(entry.run.digest)) is not None]
+
+    index = runs_list.list_csv(chosen)
+    st.download_button(
+        f"Download {len(chosen)} run{'' if len(chosen) == 1 else 's'}",
+        data=lambda: run_files.several_zip(found(), parts, index),
+        file_name="runs.zip" if len(chosen) > 1 else f"run-{chosen[0].run.digest[:12]}.zip",
+        mime="application/zip",
+        icon=":material/download:",
+        on_click="ignore",
+        type="primary",
+        disabled=not parts,
+        key="runs_zip",
+    )
+    st.caption("A folder for each run, and the list of them. A run whose result was cleared is in the list only.")
 
 
 @st.dialog("Delete from your list?")

@@ -166,10 +166,14 @@ class Window:
         box.press("Tab")
 
     def holds(self, label: str, text: str) -> None:
-        """Wait until a field holds a text: the browser fills it a moment after it is drawn."""
+        """Wait until a field holds a text: the browser fills it a moment after it is drawn, and shows fields of before
+        beside it until the page is whole.
+        """
         from playwright.sync_api import expect
 
-        expect(self.page.get_by_label(label, exact=True)).to_have_value(text, timeout=10_000)
+        box = self.page.get_by_label(label, exact=True)
+        expect(box).to_have_count(1, timeout=PATIENCE)
+        expect(box).to_have_value(text, timeout=PATIENCE)
 
     def press(self, name: str) -> None:
         """Click a button once it can be clicked."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
+import pytest
 
+
+@pytest.mark.slow
 def test_a_mask_is_trained_shown_and_found_again_by_its_link(server, window):
     one = window(server)
     one.go("/mask", "One mask for many edits")

@@ -32,6 +32,16 @@ STUDY: dict[str, Any] = {
 }  # fmt: skip
 
 
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path) -> None:
+    measured.write(STUDY, tmp_path)
+    first = measured.load("little", "a" * 64, tmp_path)
+    assert measured.load("little", "a" * 64, tmp_path) is first
+    measured.write({**STUDY, "verdict": "It does not hold."}, tmp_path)
+    changed = measured.load("little", "a" * 64, tmp_path)
+    assert changed is not None
+    assert changed.verdict == "It does not hold."
+
+
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     path = measured.write(STUDY, tmp_path)
     assert path == tmp_path / "little.json"

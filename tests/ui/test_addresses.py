@@ -21,7 +21,8 @@ from tests.hostile import ADDRESSES, PAYLOADS
 from tests.ui.conftest import APP
 
 NAMES = (
-    "run", "runs", "at", "view", "state", "explain", "method", "methods", "comparison", "study", "chain", "mask", "detection",
+    "run", "runs", "at", "view", "state", "explain", "method", "methods", "comparison", "study", "chain", "mask",
+    "detection",
     "benchmark", "protocol", "metric", "queue", "case", "step", "q", "model",
 )  # fmt: skip
 """Every name that some page reads from its address, and some that none does."""

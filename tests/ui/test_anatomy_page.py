@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from streamlit.testing.v1 import AppTest
 
 from mega_core import frames
 from mega_core.attribution import VIEWS
@@ -97,6 +98,28 @@ class TestMap:
         at.button(key="anatomy_crumb_0").click().run()
         assert "at" not in at.query_params
         assert not at.exception
+
+    def test_an_address_behind_a_quick_click_doesnt_undo_it(self):
+        def look():
+            import streamlit as st
+
+            from pages.components import anatomy_place as place
+
+            if "opened" not in st.session_state:
+                st.session_state["opened"] = True
+                place.arrive()
+            known = place.Known(frozenset({(5, "attn")}), frozenset({(5, 2)}), frozenset())
+            st.session_state["seen"] = (str(place.place_of(known)), place.chosen("view", ["map", "heads"], "map"))
+            st.button("up", on_click=place.go_to, args=(None, "map"))
+
+        at = AppTest.from_function(look)
+        at.query_params.update({"at": "5.attn.2", "view": "heads"})
+        assert at.run().session_state["seen"] == ("5.attn.2", "heads")
+        at.button[0].click().run()
+        at.query_params.update({"at": "5.attn.2", "view": "heads"})  # what the browser sent before it heard
+        assert at.run().session_state["seen"] == ("None", "map")
+        assert "at" not in at.query_params
+        assert at.query_params["view"] in ("map", ["map"])
 
     def test_a_layer_offers_its_two_modules(self, whole, visit):
         at = visit("anatomy", run=whole.digest, at="1")
