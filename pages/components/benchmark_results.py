@@ -15,7 +15,6 @@ from mega_core.service import Sweep
 from mega_core.service.benchmark_tables import GENERAL, MODES, SMALL, UNEDITED, Measure, Tables
 from pages.components import benchmark_answers, benchmark_charts
 from pages.components.benchmark_answers import sentence
-from pages.components.benchmark_list import CHOICES
 from pages.components.figure import ROWS_SHOWN, About, download, figure, heading
 from pages.components.session import service, tell
 from pages.components.text import csv_bytes, md
@@ -127,12 +126,11 @@ def _chosen(tables: Tables) -> tuple[Measure, str]:
 
 
 def _from_link(name: str) -> None:
-    """Take over what the address says where it differs from what was last written there; the widgets come after."""
-    there = {part: str(st.query_params.get(part, "")) for part in CHOICES}
-    if there != st.session_state.get("bench_address"):
+    """Take over what the address says, on arrival only: a quick click carries the address from before the last one."""
+    if st.session_state.get("bench_shown") != name:
         for part, key in KEYS.items():
-            if there[part]:
-                st.session_state[key] = there[part]
+            if asked := st.query_params.get(part, ""):
+                st.session_state[key] = str(asked)
     st.session_state["bench_shown"] = name
 
 
@@ -142,12 +140,9 @@ def _settle(key: str, options: list[str], first: str) -> None:
         st.session_state[key] = first if first in options else options[0]
 
 
-def _into_link(name: str) -> None:
+def _into_link() -> None:
     for part, key in KEYS.items():
         st.query_params[part] = str(st.session_state[key])
-    st.session_state["bench_address"] = {
-        part: name if part == "benchmark" else str(st.session_state[KEYS[part]]) for part in CHOICES
-    }
 
 
 def _rows(tables: Tables, measure: Measure) -> Any:
@@ -201,7 +196,7 @@ def _table(tables: Tables, measure: Measure) -> None:
     with st.container(horizontal=True, gap="small"):
         st.selectbox("Metric", list(titles), format_func=lambda name: titles[name], key="bench_metric")
         st.selectbox("Method", methods, key="bench_method")
-    _into_link(tables.name)
+    _into_link()
 
 
 def _cell(row: Any, wide: int, *, with_n: bool) -> str:

@@ -119,9 +119,6 @@ def _of_facts() -> None:
 
 def _next(link: Link, label: str, key: str) -> Link:
     onward = {one.relation: one for one in service().chains.onward(link)}
-    if not onward:
-        st.caption("The chain ends here: nothing is known of that object.")
-        return None
     chosen = st.selectbox(label, list(onward), format_func=lambda one: onward[one].phrase, key=key)
     return onward[chosen]
 

@@ -43,7 +43,8 @@ def test_from_the_form_to_the_answers_behind_a_number(server, window):
     other.see("ft_m · Efficacy, generated: contains")
     other.page.get_by_role("button", name="Report (HTML)").wait_for()  # drawn to the end
     other.settle()
-    choose(other, "Case", "1")
+    other.page.get_by_label("Case", exact=True).click()
+    other.page.get_by_role("option").first.click()
     other.press("Open as a run")
     other.see("Run this edit")
     assert other.page.get_by_label("Subject", exact=True).input_value()

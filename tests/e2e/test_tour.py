@@ -81,13 +81,13 @@ def review(one):
     one.see("saved ")
 
 
-@step("**Export**, **report.html**")
+@step("**Export**, **Report: one HTML file**")
 def export(one):
     one.page.locator('[data-testid="stSidebar"]').get_by_role("link", name="Edit trial").click()
     one.see_result()
     one.page.get_by_role("button", name="Export").first.click()
     with one.page.expect_download() as saved:
-        one.page.get_by_role("button", name="report.html").click()
+        one.page.get_by_role("button", name="Report: one HTML file").click()
     assert "<svg" in Path(saved.value.path()).read_text(encoding="utf-8")
 
 
