@@ -11,7 +11,7 @@ STREAMLIT_SERVER_ADDRESS ?= 127.0.0.1
 export STREAMLIT_SERVER_PORT STREAMLIT_SERVER_ADDRESS
 
 .DEFAULT_GOAL := help
-.PHONY: help app test test-cluster check format bench bench-ui bench-gpu docs clean
+.PHONY: help app test test-browser test-cluster check format bench bench-ui bench-gpu docs clean
 
 help: ## list the tasks
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -19,13 +19,11 @@ help: ## list the tasks
 app: $(VENV)/.runtime ## run the dashboard on http://127.0.0.1:8501 (STREAMLIT_SERVER_PORT changes the port)
 	$(BIN)/python -m streamlit run app.py --server.headless true
 
-test: $(VENV)/.dev ## run every test; those that drive a browser run when chromium is installed
-	@if command -v chromium >/dev/null 2>&1; then \
-		$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(PYTEST_ARGS); \
-	else \
-		echo "chromium is not installed: the tests that drive a browser are left out."; \
-		$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not e2e" $(PYTEST_ARGS); \
-	fi
+test: $(VENV)/.dev ## run every test but those that drive a browser or a cluster
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not e2e" $(PYTEST_ARGS)
+
+test-browser: $(VENV)/.dev ## drive the whole app in a browser; needs chromium
+	$(BIN)/python -m pytest tests/e2e $(PYTEST_ARGS)
 
 test-cluster: $(VENV)/.cluster ## run the tests that need a Ray cluster, on one of this machine; installs requirements-cluster.txt
 	$(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)

@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables into this file")
     parser.add_argument("--methods", type=_names, default=(), metavar="A,B", help="only these methods")
     parser.add_argument("--model", dest="models", action="append", default=[], help="only this model; may be repeated")
-    parser.add_argument("--count", type=int, help="how many edits (quality)")
+    parser.add_argument("--count", type=int, help="how many edits, or samples of each wait")
     parser.add_argument("--keep", type=Path, metavar="FILE", help="keep each method's results here and go on from them")
     parser.add_argument("--controls", "--forced-gate", action="store_true", help="also without gates, and controls")
     parser.add_argument("--batch", action="store_true", help="also all edits at once")

@@ -47,11 +47,11 @@ class Person:
     errors: list[str] = field(default_factory=list)
 
 
-def measure(quick: bool) -> list[Row]:
-    """Wrong results, refusals, and the waits of eight people."""
+def measure(quick: bool, count: int = EDITS) -> list[Row]:
+    """Wrong results, refusals, and the waits of eight people who make `count` edits together."""
     if shutil.which("chromium") is None:
         raise Unmeasured("chromium is not installed")
-    edits = 16 if quick else EDITS
+    edits = 16 if quick else count
     with temporary_service() as service, temporary_service() as alone:
         models = embedded_models(service)
         facts = examples.candidates(23, min_neighbours=2)
@@ -60,9 +60,9 @@ def measure(quick: bool) -> list[Row]:
             method, model = METHODS[number % len(METHODS)], models[number % len(models)]
             first = next(facts)
             plan = service.plan_several(model, method, [first])
-            count = edits // PEOPLE + (number < edits % PEOPLE)
+            own = edits // PEOPLE + (number < edits % PEOPLE)
             seed_run = service.run(plan).digest
-            everyone.append(Person(number, method, model, seed_run, list(islice(facts, count))))
+            everyone.append(Person(number, method, model, seed_run, list(islice(facts, own))))
         with app(service.settings.cache_dir) as url:
             began = time.perf_counter()
             asyncio.run(_all(url, everyone))
