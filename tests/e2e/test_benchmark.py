@@ -36,6 +36,7 @@ def test_from_the_form_to_the_answers_behind_a_number(server, window):
     assert re.search(r"benchmark=[0-9a-f]{32}", one.page.url)
     one.page.get_by_role("button", name="Report (HTML)").wait_for()  # it is done
     one.see("Answers behind the number")
+    one.settle()
     choose(one, "Method", "ft_m")
     one.see("ft_m · Efficacy, generated: contains")
     other = window(server)
