@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +21,7 @@ from bench.common import Row, Unmeasured, embedded_models, percentile, random_pl
 ROOT = Path(__file__).resolve().parents[1]
 READY = '[data-testid="stApp"][data-test-script-state="notRunning"]'
 HEADING = '[data-testid="stMain"] h1'
-CELLS = '[aria-roledescription="rect mark"]'
+CELLS = '[class*="st-key-chart_map"] [aria-roledescription="rect mark"]'
 PLACE = 'input[aria-label="Place"]'
 PATIENCE = 180_000
 SAMPLES = 200
@@ -118,17 +118,29 @@ def app(cache: Path) -> Iterator[str]:
 # The waits, in milliseconds ------------------------------------------------------------------------------------------
 
 
-def _since(start: float) -> float:
-    return 1000 * (time.perf_counter() - start)
+STOPWATCH = """() => {
+  window.waited = new Promise(done => document.addEventListener("click", click => {
+    const before = (CONDITION_VALUE);
+    const look = () => (CONDITION) ? done(performance.now() - click.timeStamp) : requestAnimationFrame(look);
+    requestAnimationFrame(look);
+  }, {capture: true, once: true}));
+}"""
+"""Runs in the page, so that no time of the driver's is in it: from the click until a frame in which CONDITION holds.
+CONDITION may speak of `before`, the value of CONDITION_VALUE when the click came.
+"""
 
 
-def _until(true: Callable[[], bool], seconds: float = 20.0) -> bool:
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        if true():
-            return True
-        time.sleep(0.004)
-    return False
+def clicked(page: Any, target: Any, condition: str, value: str = "null", *, patience: int = 20_000) -> float:
+    """Milliseconds from a click on `target` until a condition, written in JavaScript, holds. Raises Unmeasured when it
+    does not within `patience` milliseconds.
+    """
+    page.evaluate(STOPWATCH.replace("CONDITION_VALUE", value).replace("CONDITION", condition))
+    target.click(force=True)
+    end = f"new Promise(done => setTimeout(() => done(-1), {patience}))"
+    took = float(page.evaluate(f"() => Promise.race([window.waited, {end}])"))
+    if took < 0:
+        raise Unmeasured(f"after a click, nothing fulfilled: {condition}")
+    return took
 
 
 def _first(browser: Any, url: str) -> float:
@@ -138,7 +150,7 @@ def _first(browser: Any, url: str) -> float:
     start = time.perf_counter()
     page.goto(url, wait_until="commit")
     page.locator(HEADING).first.wait_for(timeout=PATIENCE)
-    took = _since(start)
+    took = 1000 * (time.perf_counter() - start)
     page.locator(READY).wait_for(timeout=PATIENCE)
     context.close()
     return took
@@ -158,16 +170,11 @@ def _switches(browser: Any, url: str, count: int) -> list[float]:
     page.goto(url)
     page.locator(HEADING).first.wait_for(timeout=PATIENCE)
     page.locator(READY).wait_for(timeout=PATIENCE)
+    heading = f"document.querySelector('{HEADING}')?.innerText"
     times = []
     for number in range(count + len(PAGES)):
-        target = PAGES[(number + 1) % len(PAGES)]
         link = page.locator('[data-testid="stSidebar"] a').nth((number + 1) % len(PAGES))
-        before = page.locator(HEADING).first.inner_text()
-        start = time.perf_counter()
-        link.click()
-        if not _until(lambda before=before: _heading(page) not in ("", before)):
-            raise Unmeasured(f"the page {target.name} did not appear")
-        took = _since(start)
+        took = clicked(page, link, f"{heading} && {heading} !== before", heading)
         page.locator(READY).wait_for(timeout=PATIENCE)
         if number >= len(PAGES):  # the first round imports each page's modules
             times.append(took)
@@ -175,25 +182,18 @@ def _switches(browser: Any, url: str, count: int) -> list[float]:
     return times
 
 
-def _heading(page: Any) -> str:
-    found = page.locator(HEADING)
-    return str(found.first.inner_text()) if found.count() else ""
-
-
 def _opens(browser: Any, url: str, count: int) -> list[float]:
-    """From a click on an example's Open button to its drawn map."""
+    """From a click on an example's Open button to its drawn map, in a browser that has been on the page of examples."""
     page = browser.new_page(viewport={"width": 1440, "height": 1600})
+    page.goto(url)
     times = []
     for _ in range(count + 1):
-        page.goto(url)
-        page.locator(HEADING).first.wait_for(timeout=PATIENCE)
-        page.locator(READY).wait_for(timeout=PATIENCE)
         opening = page.get_by_role("button", name="Open").first
-        start = time.perf_counter()
-        opening.click()
-        page.locator(CELLS).first.wait_for(timeout=PATIENCE)
-        times.append(_since(start))
+        opening.wait_for(timeout=PATIENCE)
         page.locator(READY).wait_for(timeout=PATIENCE)
+        times.append(clicked(page, opening, f"document.querySelector('{CELLS}')"))
+        page.locator(READY).wait_for(timeout=PATIENCE)
+        page.locator('[data-testid="stSidebar"] a').first.click()
     page.close()
     return times[1:]
 
@@ -204,27 +204,20 @@ def _clicks(browser: Any, url: str, count: int) -> list[float]:
     page.goto(url)
     page.locator(CELLS).first.wait_for(timeout=PATIENCE)
     page.locator(READY).wait_for(timeout=PATIENCE)
-    place = page.locator(PLACE).first
+    shown = f"document.querySelector('{PLACE}').value"
     times: list[float] = []
     for number in range(2 * count):
+        cells = page.locator(CELLS)
+        with suppress(Unmeasured):  # a corner mark, or the same cell, selects nothing
+            target = cells.nth((7 * number) % cells.count())
+            times.append(clicked(page, target, f"{shown} !== before", shown, patience=2000))
+        page.locator(READY).wait_for(timeout=PATIENCE)
         if len(times) > count:
             break
-        cells = page.locator("svg.marks").filter(has=page.locator(CELLS)).first.locator(CELLS)
-        before = _shown(place)
-        target = cells.nth((7 * number) % cells.count())
-        start = time.perf_counter()
-        target.click(force=True)
-        if _until(lambda before=before: _shown(place) != before, 2):  # a corner mark, or the same cell, selects nothing
-            times.append(_since(start))
-        page.locator(READY).wait_for(timeout=PATIENCE)
     page.close()
     if len(times) < 2:
         raise Unmeasured("no click changed the selected place")
     return times[1:]  # the first one also warms the page
-
-
-def _shown(place: Any) -> str:
-    return str(place.input_value(timeout=PATIENCE))
 
 
 def _submits(browser: Any, url: str, count: int) -> tuple[list[float], list[float]]:
@@ -236,21 +229,15 @@ def _submits(browser: Any, url: str, count: int) -> tuple[list[float], list[floa
     page.locator("summary", has_text="Advanced").first.click()
     seed = page.get_by_label("Seed", exact=True)
     queued, cancelled = [], []
-    progress = page.get_by_role("heading", name="Running for").or_(page.get_by_role("heading", name="Waiting:"))
+    progress = r"[...document.querySelectorAll('h2')].some(h => /^(Running for|Waiting:)/.test(h.innerText))"
+    told = "[...document.querySelectorAll('[data-testid=\"stAlert\"]')].some(a => a.innerText.includes('Cancelled.'))"
     for number in range(count + 1):
         seed.fill(str(1000 + number))
         seed.press("Tab")
         page.locator(READY).wait_for(timeout=PATIENCE)
-        start = time.perf_counter()
-        page.get_by_role("button", name="Run this edit").click()
-        progress.first.wait_for(timeout=PATIENCE)
-        queued.append(_since(start))
-        stop = page.get_by_role("button", name="Cancel")
-        start = time.perf_counter()
+        queued.append(clicked(page, page.get_by_role("button", name="Run this edit"), progress))
         try:
-            stop.click(timeout=2000)
-            page.get_by_text("Cancelled. The model was given back").first.wait_for(timeout=5000)
-            cancelled.append(_since(start))
+            cancelled.append(clicked(page, page.get_by_role("button", name="Cancel"), told, patience=5000))
         except Exception:  # noqa: BLE001 - it was done before it could be stopped
             page.locator(CELLS).first.wait_for(timeout=PATIENCE)
         page.locator(READY).wait_for(timeout=PATIENCE)

@@ -120,12 +120,17 @@ def _kind(says_new: bool, spread: float | None, kept: float | None) -> str:
 
 def _says_new(rows: pd.DataFrame) -> dict[str, dict[str, dict[str, bool]]]:
     """prompt kind -> prompt -> state -> whether it says the new object."""
+    columns = ("prompt_kind", "prompt", "state", "candidate", "mean_logprob", "is_top")
+    new: dict[tuple[str, str, str], tuple[float, bool]] = {}
+    true: dict[tuple[str, str, str], float] = {}
+    for kind, prompt, state, candidate, logprob, top in zip(*(rows[name].tolist() for name in columns), strict=True):
+        if candidate == "new":
+            new[str(kind), str(prompt), str(state)] = (logprob, bool(top))
+        elif candidate == "true":
+            true[str(kind), str(prompt), str(state)] = logprob
     result: dict[str, dict[str, dict[str, bool]]] = {}
-    for (kind, prompt, state), group in rows.groupby(["prompt_kind", "prompt", "state"], sort=False):
-        by = group.set_index("candidate")
-        if "true" in by.index:
-            yes = bool(by.loc["new", "mean_logprob"] > by.loc["true", "mean_logprob"])
-        else:
-            yes = bool(by.loc["new", "is_top"])
-        result.setdefault(str(kind), {}).setdefault(str(prompt), {})[str(state)] = yes
+    for place, (logprob, top) in new.items():
+        kind, prompt, state = place
+        yes = logprob > true[place] if place in true else top
+        result.setdefault(kind, {}).setdefault(prompt, {})[state] = bool(yes)
     return result

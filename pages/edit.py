@@ -38,10 +38,10 @@ if asked:
         report = desk.cached(asked)
     except ActionableError as error:
         trouble = error
-if report is not None and st.session_state.get("edit_filled") != report.digest:
+came_in = report is not None and st.session_state.get("edit_filled") != report.digest
+if report is not None and came_in:
     request_form.lay_down(request_form.draft_of_plan(report.question))
     st.session_state["edit_filled"] = report.digest
-    desk.visited(report, owner())
 if report is not None:
     st.session_state["run_shown"] = report.digest
 
@@ -54,9 +54,9 @@ if report is None:
 else:
     edit_headline.draw(report)
 
+# What a person came for is drawn first: the progress, or what the models say and the map; then the form, and the rest.
 left, right = st.columns([1, 2], gap="large")
-with left:
-    request_form.draw_form()
+evidence, inside = st.container(), st.container()
 with right:
     if job:
         progress.draw("edit", done)
@@ -71,11 +71,19 @@ with right:
         progress.failure("edit")
         edit_states.nothing_yet()
 if report is not None:
-    edit_strength.draw(report)
-    report_view.evidence(report)
-    anatomy_map.draw(report)
-    edit_headline.ways(report, {"anatomy": "Look deeper into this run: heads, neurons, lens, causal trace"})
+    with inside:
+        anatomy_map.draw(report)
+        edit_headline.ways(report, {"anatomy": "Look deeper into this run: heads, neurons, lens, causal trace"})
+with left:
+    request_form.draw_form()
+    request_form.draw_buttons(busy=bool(job))
+if report is not None:
+    with evidence:
+        edit_strength.draw(report)
+        report_view.evidence(report)
     report_view.receipt(report)
     edit_stack.draw(report)
+    if came_in:
+        desk.visited(report, owner())
 elif asked is None:
     request_form.warm_up()  # whoever comes without a finished run is about to ask for one

@@ -3,9 +3,7 @@
 import streamlit as st
 
 from mega_core import __version__
-from mega_core.errors import ActionableError
-from pages.components import frame
-from pages.components.report_view import outcome_badge
+from pages.components import example_cards, frame
 from pages.components.session import owner, service
 from pages.components.text import md
 from pages.components.words import PRIVACY
@@ -21,8 +19,6 @@ WAYS = {
 """What a person can do here, by page."""
 
 frame.enter()
-desk = service()
-
 st.title("Edit Anatomy", anchor=False)
 st.markdown(
     "Rewrite a single fact inside a language model, then look at what it says now, what else changed, and which "
@@ -30,27 +26,12 @@ st.markdown(
     "The model is given back bit for bit after every run."
 )
 
+desk = service()
 examples = desk.examples()
 if examples:
     st.header("Three finished edits", anchor=False)
     st.caption("Real runs, kept with their numbers: opening one loads no model.")
-    for column, example in zip(st.columns(len(examples), gap="medium"), examples, strict=True):
-        with column.container(border=True, height="stretch", key=f"card_{example.name}"):
-            try:
-                request = example.report().question.requests[0]
-            except ActionableError:
-                st.caption("This example can't be read; rebuild it with `python -m mega_core examples`.")
-                continue
-            outcome_badge(example.outcome)
-            st.subheader(md(example.title), anchor=False)
-            original = f":gray[~~{md(request.target_true)}~~] → " if request.target_true else "→ "
-            st.markdown(f"{md(request.prompt)} {original}**{md(request.target_new)}**")
-            st.caption(md(example.sentence))
-            st.space("stretch")
-            if st.button(
-                "Open", key=f"open_{example.name}", icon=":material/open_in_new:", type="primary", width="stretch"
-            ):
-                st.switch_page("pages/edit.py", query_params={"run": example.digest})
+    example_cards.draw(examples)
 else:
     with st.container(border=True):
         st.header("Make your first edit", anchor=False)

@@ -145,6 +145,36 @@ def module_map(
     )
 
 
+def change_strip(cells: pd.DataFrame, *, candidate: str, limit: float) -> alt.Chart:
+    """The change of every module's contribution, small: two rows, no legend, nothing to click."""
+    shown = cells[(cells["candidate"] == candidate) & (cells["state"] == "change")]
+    shown = shown.assign(row=shown["module"].map(MODULE_NAMES))
+    layers = sorted(int(layer) for layer in shown["layer"].unique())
+    chart = (
+        alt.Chart(shown[["layer", "row", "value"]])
+        .mark_rect(cornerRadius=2, stroke=INK, strokeOpacity=0.35, strokeWidth=0.5, aria=False)
+        .encode(
+            x=alt.X("layer:O", scale=alt.Scale(domain=layers, paddingInner=0.06), axis=_layer_axis(layers, "Layer")),
+            y=alt.Y(
+                "row:N",
+                scale=alt.Scale(paddingInner=0.08),
+                axis=alt.Axis(title=None, ticks=False, domain=False, grid=False, labelPadding=6),
+            ),
+            color=alt.Color(
+                "value:Q",
+                scale=alt.Scale(domain=[-limit, limit], range="diverging", interpolate="rgb", clamp=True),
+                legend=None,
+            ),
+            tooltip=[
+                alt.Tooltip("layer:O", title="Layer"),
+                alt.Tooltip("row:N", title="Module"),
+                alt.Tooltip("value:Q", title="Change, nats", format="+.2f"),
+            ],
+        )
+    )
+    return chart.properties(height=104).configure_view(strokeWidth=0).configure(padding=PADDING)
+
+
 def layer_profile(cells: pd.DataFrame, edited: pd.DataFrame, *, candidate: str) -> alt.LayerChart:
     """Contribution by layer: colour is the module, dashes and hollow points are the base model, solid and filled the
     edited one.

@@ -120,23 +120,20 @@ def _refusal(info: MethodInfo) -> str:
     return f":material/block: {md(info.title)}: not for this model: {md(info.unsupported)}"
 
 
-def draw_knobs(info: MethodInfo) -> dict[str, Scalar]:
-    """A widget for each parameter; the values as given. An empty optional number means the model's default."""
-    values: dict[str, Scalar] = {}
+def draw_knobs(info: MethodInfo) -> None:
+    """A widget for each parameter; `knob_values` has what is in them."""
     columns = st.columns(2, gap="small")
     for index, knob in enumerate(info.knobs):
-        key = f"knob_{info.name}_{knob.name}"
+        key = _key(info, knob)
         label = knob.name.replace("_", " ").capitalize()
         with columns[index % 2]:
             st.session_state.setdefault(key, _shown(knob))
             if knob.kind is bool:
-                values[knob.name] = st.toggle(label, key=key, help=md(knob.help), persist_state="session")
+                st.toggle(label, key=key, help=md(knob.help), persist_state="session")
             elif knob.choices:
-                values[knob.name] = st.selectbox(
-                    label, list(knob.choices), key=key, help=md(knob.help), persist_state="session"
-                )
+                st.selectbox(label, list(knob.choices), key=key, help=md(knob.help), persist_state="session")
             elif knob.kind is int:
-                values[knob.name] = st.number_input(
+                st.number_input(
                     label,
                     value=None,
                     min_value=None if knob.low is None else int(knob.low),
@@ -148,12 +145,23 @@ def draw_knobs(info: MethodInfo) -> dict[str, Scalar]:
                     persist_state="session",
                 )
             else:
-                typed = st.text_input(
-                    label, key=key, help=md(knob.help), placeholder="automatic", persist_state="session"
-                )
-                typed = typed or ""
-                values[knob.name] = typed if typed.strip() or not knob.optional else None
+                st.text_input(label, key=key, help=md(knob.help), placeholder="automatic", persist_state="session")
+
+
+def knob_values(info: MethodInfo) -> dict[str, Scalar]:
+    """The parameters as given. An empty optional number means the model's default."""
+    values: dict[str, Scalar] = {}
+    for knob in info.knobs:
+        value = st.session_state.get(_key(info, knob), _shown(knob))
+        if knob.kind is not bool and knob.kind is not int and not knob.choices:
+            value = str(value or "")
+            value = None if knob.optional and not value.strip() else value
+        values[knob.name] = value
     return values
+
+
+def _key(info: MethodInfo, knob: Knob) -> str:
+    return f"knob_{info.name}_{knob.name}"
 
 
 def _shown(knob: Knob) -> Scalar:

@@ -178,11 +178,16 @@ def _continuations(request: EditRequest, texts: pd.DataFrame) -> None:
             body = marked(words, color) if show else md(" ".join(word for word, _ in words))
             st.markdown(f"{prompt} {body or ':gray[(nothing)]'}")
     if len(texts) > 1:
-        rest = texts.assign(
-            prompt_kind=texts["prompt_kind"].map(KINDS),
-            changed=(texts["before"] != texts["after"]).map({True: "✎ changed", False: "same"}),
+        others = st.expander(
+            f"All {len(texts)} prompts", icon=":material/list:", key="all_texts_open", on_change="rerun"
         )
-        with st.expander(f"All {len(texts)} prompts", icon=":material/list:"):
+        if not others.open:
+            return
+        with others:
+            rest = texts.assign(
+                prompt_kind=texts["prompt_kind"].map(KINDS),
+                changed=(texts["before"] != texts["after"]).map({True: "✎ changed", False: "same"}),
+            )
             st.dataframe(
                 rest[["prompt_kind", "prompt", "before", "after", "changed"]],
                 hide_index=True,
@@ -259,11 +264,16 @@ def evidence(report: Report) -> None:
             alt=f"Evidence by prompt. {sentence}",
         )
         metrics = report.frames.get("metrics")
-        if metrics is not None and not metrics.empty:
+        if metrics is None or metrics.empty:
+            return
+        protocols = st.expander(
+            "All metrics by protocol", icon=":material/table_rows:", key="metrics_open", on_change="rerun"
+        )
+        if protocols.open:
             wide = metrics.pivot_table(
                 index=["protocol", "metric", "n"], columns="state", values="value", aggfunc="first", sort=False
             )
-            with st.expander("All metrics by protocol", icon=":material/table_rows:"):
+            with protocols:
                 st.dataframe(
                     wide.reindex(columns=["before", "after"]).reset_index(),
                     hide_index=True,
@@ -331,34 +341,45 @@ def _changes(change: pd.DataFrame | None) -> None:
     )
 
 
+@st.fragment
+@told
 def receipt(report: Report) -> None:
     """What was changed, how long it took, and the proof that the model was given back."""
+    opened = st.expander(
+        "Edit receipt: what was changed, and proof that it was undone", icon=":material/receipt_long:",
+        key="receipt_open", on_change="rerun",
+    )  # fmt: skip
+    if opened.open:
+        with opened:
+            _receipt(report)
+
+
+def _receipt(report: Report) -> None:
     proof = report.receipt
-    with st.expander("Edit receipt: what was changed, and proof that it was undone", icon=":material/receipt_long:"):
-        left, right = st.columns([3, 2], gap="medium")
-        with left:
-            _changes(report.frames.get("weight_change"))
-            stages = pd.DataFrame({"stage": list(report.timing), "seconds": list(report.timing.values())})
-            st.dataframe(
-                stages,
-                hide_index=True,
-                column_config={"stage": "Stage", "seconds": st.column_config.NumberColumn("Seconds", format="%.2f")},
-                key="timing_table",
-                alt="Seconds per stage",
-            )
-        with right:
-            state = (
-                ":material/verified: Restored, bit for bit"
-                if proof.restored
-                else ":material/warning: Not restored: the model was dropped"
-            )
-            st.markdown(f"**{state}**")
-            st.caption("Digest of the live parameters before and after")
-            st.code(f"{proof.weights_digest_before}\n{proof.weights_digest_after}", language=None, wrap_lines=True)
-            st.caption(f"Hooks left on the model: {proof.hooks_left}. Seed {report.question.seed}.")
-            params = ", ".join(f"{name} = {value}" for name, value in report.question.method.params)
-            st.caption(f"{md(report.question.method.name)} version {report.question.method.version}: {md(params)}")
-            if report.environment:
-                st.caption(md(", ".join(f"{k} {v}" for k, v in report.environment.items())))
-            st.caption("Run id")
-            st.code(report.digest, language=None, wrap_lines=True)
+    left, right = st.columns([3, 2], gap="medium")
+    with left:
+        _changes(report.frames.get("weight_change"))
+        stages = pd.DataFrame({"stage": list(report.timing), "seconds": list(report.timing.values())})
+        st.dataframe(
+            stages,
+            hide_index=True,
+            column_config={"stage": "Stage", "seconds": st.column_config.NumberColumn("Seconds", format="%.2f")},
+            key="timing_table",
+            alt="Seconds per stage",
+        )
+    with right:
+        state = (
+            ":material/verified: Restored, bit for bit"
+            if proof.restored
+            else ":material/warning: Not restored: the model was dropped"
+        )
+        st.markdown(f"**{state}**")
+        st.caption("Digest of the live parameters before and after")
+        st.code(f"{proof.weights_digest_before}\n{proof.weights_digest_after}", language=None, wrap_lines=True)
+        st.caption(f"Hooks left on the model: {proof.hooks_left}. Seed {report.question.seed}.")
+        params = ", ".join(f"{name} = {value}" for name, value in report.question.method.params)
+        st.caption(f"{md(report.question.method.name)} version {report.question.method.version}: {md(params)}")
+        if report.environment:
+            st.caption(md(", ".join(f"{k} {v}" for k, v in report.environment.items())))
+        st.caption("Run id")
+        st.code(report.digest, language=None, wrap_lines=True)

@@ -17,9 +17,9 @@ import streamlit as st
 
 from mega_core.errors import ActionableError, BadInput
 from mega_core.records import MAX_SUBJECT, MAX_TARGET, MAX_TEMPLATE, EditRequest, Inspection
-from mega_core.service import ModelInfo, Service
+from mega_core.service import MethodInfo, ModelInfo, Service
 from pages.components import method_picker
-from pages.components.session import forget_run, owner, service, start, tell, told
+from pages.components.session import forget_run, owner, service, start, tell, told, unforeseen
 from pages.components.text import md
 
 FIELDS: Mapping[str, Any] = {
@@ -31,6 +31,8 @@ FIELDS: Mapping[str, Any] = {
     "edit_paraphrases": "",
     "edit_neighbours": "",
 }
+FOLDED = {"edit_seed": "edit_advanced", "edit_paraphrases": "edit_checks", "edit_neighbours": "edit_checks"}
+"""Widget -> the expander it is in, which opens when something is wrong with it."""
 # The field of a BadInput -> the widget it is told next to.
 PLACES = {
     "subject": "edit_subject",
@@ -96,7 +98,7 @@ def reset() -> None:
 @st.fragment
 @told
 def draw_form() -> None:
-    """The whole form. Run plans the edit on the server; a problem is told at its field and nothing typed is lost."""
+    """The whole form but its buttons. A problem is told at its field, and nothing typed is lost."""
     desk = service()
     for key, value in FIELDS.items():
         st.session_state.setdefault(key, value)
@@ -157,46 +159,60 @@ def draw_form() -> None:
     _complaint("edit_new")
     _preview()
     method = method_picker.pick_method(desk.methods(model.name))
-    values: dict[str, Any] = {}
-    with st.expander("Advanced", icon=":material/tune:"):
-        if method is not None:
-            values = method_picker.draw_knobs(method)
-        st.number_input(
-            "Seed",
-            min_value=0,
-            max_value=2**31 - 1,
-            step=1,
-            key="edit_seed",
-            help="The same question with the same seed gives the same numbers.",
-            persist_state="session",
-        )
-        _complaint("edit_seed")
-    with st.expander("Prompts to check with", icon=":material/checklist:"):
-        st.caption(
-            "One prompt per line, used to measure, never to fit. Left empty, a fact the model is known to hold brings "
-            "its own."
-        )
-        st.text_area(
-            "Paraphrases: the same question in other words", key="edit_paraphrases", height=110, persist_state="session"
-        )
-        _complaint("edit_paraphrases")
-        st.text_area(
-            "Neighbours: other subjects, must not change", key="edit_neighbours", height=110, persist_state="session"
-        )
-        _complaint("edit_neighbours")
+    advanced = st.expander("Advanced", icon=":material/tune:", key="edit_advanced", on_change="rerun")
+    if advanced.open:
+        with advanced:
+            _advanced(method)
+    checks = st.expander("Prompts to check with", icon=":material/checklist:", key="edit_checks", on_change="rerun")
+    if checks.open:
+        with checks:
+            _checks()
+
+
+def draw_buttons(*, busy: bool) -> None:
+    """Run and Reset. Not in the form's fragment: what they do changes the whole page, which is so drawn only once."""
     with st.container(horizontal=True, gap="small"):
-        run = st.button(
+        st.button(
             "Run this edit",
             type="primary",
             icon=":material/play_arrow:",
             shortcut="Ctrl+Enter",
-            disabled=not model.available or method is None or bool(st.session_state.get("edit_job")),
+            disabled=busy,
             key="edit_run",
+            on_click=_run,
         )
         st.button("Reset", icon=":material/restart_alt:", on_click=reset, key="edit_reset")
-    if run and method is not None:
-        _run(desk, model.name, method.name, values)
     _complaint("")
+
+
+def _advanced(method: MethodInfo | None) -> None:
+    if method is not None:
+        method_picker.draw_knobs(method)
+    st.number_input(
+        "Seed",
+        min_value=0,
+        max_value=2**31 - 1,
+        step=1,
+        key="edit_seed",
+        help="The same question with the same seed gives the same numbers.",
+        persist_state="session",
+    )
+    _complaint("edit_seed")
+
+
+def _checks() -> None:
+    st.caption(
+        "One prompt per line, used to measure, never to fit. Left empty, a fact the model is known to hold brings "
+        "its own."
+    )
+    st.text_area(
+        "Paraphrases: the same question in other words", key="edit_paraphrases", height=110, persist_state="session"
+    )
+    _complaint("edit_paraphrases")
+    st.text_area(
+        "Neighbours: other subjects, must not change", key="edit_neighbours", height=110, persist_state="session"
+    )
+    _complaint("edit_neighbours")
 
 
 def warm_up() -> None:
@@ -223,6 +239,7 @@ def _model(desk: Service) -> ModelInfo:
     info = infos[name]
     if not info.available:
         st.warning(f"{md(info.reason)} {md(info.how)}", icon=":material/cloud_off:")
+    _complaint("edit_model")
     return info
 
 
@@ -308,33 +325,39 @@ def _lines(key: str) -> tuple[str, ...]:
     return tuple(line.strip() for line in str(st.session_state.get(key, "")).splitlines() if line.strip())
 
 
-def _run(desk: Service, model: str, method: str, values: Mapping[str, Any]) -> None:
+def _run() -> None:
+    """Ask for what the form says. Called before anything is drawn, so that the page shows the work at once."""
+    desk = service()
     st.session_state.pop("edit_problem", None)
     try:
+        model, name = str(st.session_state["edit_model"]), st.session_state.get("edit_method")
+        if not any(info.name == model and info.available for info in desk.models()):
+            raise BadInput("model", f"{model} is not on this machine.", "Choose another, or add it as said above.")
+        method = next((info for info in desk.methods(model) if info.name == name), None)
+        if method is None:
+            raise BadInput("method", "None that can edit this model is chosen.", "Choose a method or another model.")
         plan = desk.plan(
             model,
-            method,
+            method.name,
             st.session_state["edit_subject"],
             st.session_state["edit_template"],
             st.session_state["edit_new"],
             target_true=st.session_state["edit_true"],
             paraphrases=_lines("edit_paraphrases"),
             neighbours=_lines("edit_neighbours"),
-            params=values,
+            params=method_picker.knob_values(method),
             seed=int(st.session_state["edit_seed"]),
         )
         start(plan)
     except BadInput as error:
         place = PLACES.get(error.field, "")
         st.session_state["edit_problem"] = Problem(place, error.what, error.next_step)
-        st.rerun()
+        if place in FOLDED:
+            st.session_state[FOLDED[place]] = True
     except ActionableError as error:
         st.session_state["edit_problem"] = Problem("", error.what, error.next_step)
-        st.rerun()
     except Exception as error:
-        tell(error)
-        return
-    st.rerun()
+        st.session_state["edit_problem"] = Problem("", *unforeseen(error))
 
 
 def _ask(desk: Service, model: ModelInfo) -> None:

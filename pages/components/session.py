@@ -109,16 +109,16 @@ def told(draw: Callable[P, None]) -> Callable[P, None]:
 
 
 def tell(error: Exception) -> None:
-    """Say what happened and what to do next. An error nobody foresaw is logged under an id, and only the id is
-    shown.
-    """
-    if isinstance(error, ActionableError):
-        st.error(f"**{md(error.what)}** {md(error.next_step)}", icon=":material/error:")
-        return
+    """Say what happened and what to do next."""
+    what, next_step = (error.what, error.next_step) if isinstance(error, ActionableError) else unforeseen(error)
+    st.error(f"**{md(what)}** {md(next_step)}", icon=":material/error:")
+
+
+def unforeseen(error: Exception) -> tuple[str, str]:
+    """(what, next step) of an error nobody foresaw. It is logged under an id, and only the id is shown."""
     number = secrets.token_hex(4)
     log.error("error %s", number, exc_info=error)
-    st.error(
-        f"**Something went wrong on our side.** Your input is kept. Try again; if it happens again, look for error id "
-        f"`{number}` in the log of the server.",
-        icon=":material/error:",
+    return (
+        "Something went wrong on our side.",
+        f"Your input is kept. Try again; if it happens again, look for error id {number} in the log of the server.",
     )

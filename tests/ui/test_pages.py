@@ -20,6 +20,12 @@ def fill(at, subject="Eiffel Tower", template="{} is located in the city of", ne
     return at
 
 
+def unfold(at, *expanders):
+    for key in expanders:
+        at.session_state[key] = True
+    return at.run()
+
+
 def specs(at) -> list[dict]:
     return [json.loads(element.proto.spec) for element in at.get("vega_lite_chart")]
 
@@ -66,7 +72,7 @@ class TestEdit:
         assert ":primary-background[Eiffel Tower] is located in the city of" in words(at)
 
     def test_a_run_is_submitted_and_watched(self, desk, visit):
-        at = fill(visit("edit"))
+        at = fill(unfold(visit("edit"), "edit_checks"))
         at.text_area(key="edit_paraphrases").set_value("The Eiffel Tower is in\n\nWhere is the Eiffel Tower? In\n")
         at.button(key="edit_run").click().run()
         assert not at.exception
@@ -132,7 +138,7 @@ class TestEdit:
         assert at.text_input(key="edit_new").value == new
 
     def test_a_parameter_out_of_range_is_told(self, desk, visit):
-        at = fill(visit("edit"))
+        at = fill(unfold(visit("edit"), "edit_advanced"))
         at.text_input(key="knob_rome_learning_rate").set_value("much")
         at.button(key="edit_run").click().run()
         assert "rome.learning_rate: 'much' is not a number." in words(at)
@@ -159,6 +165,8 @@ class TestEdit:
         assert "Rome is now the most likely answer (0.21 % → 93 %)" in text
         assert "9 of 10 prompts answer as they should" in text
         assert at.text_input(key="edit_subject").value == "Eiffel Tower"
+        assert at.session_state["edit_neighbours"].startswith("Louvre Museum")
+        unfold(at, "edit_checks")
         assert at.text_area(key="edit_neighbours").value.startswith("Louvre Museum")
         assert not desk.submitted
         assert len(specs(at)) == 4  # next tokens, evidence, map, profile
@@ -211,18 +219,31 @@ class TestEdit:
         assert at.text_input(key="edit_subject").value == ""
 
     def test_a_fact_or_an_example_fills_the_form(self, visit):
-        at = visit("edit")
+        at = unfold(visit("edit"), "edit_advanced")
         at.selectbox(key="edit_start").set_value("fact:0").run()
         assert at.text_input(key="edit_subject").value == "Louvre Museum"
         at.selectbox(key="edit_start").set_value("example:leaks").run()
         assert at.text_input(key="edit_subject").value == "Eiffel Tower"
         assert at.number_input(key="edit_seed").value == 1
 
-    def test_a_missing_model_is_explained_and_cannot_run(self, visit):
-        at = visit("edit")
+    def test_a_missing_model_is_explained_and_cannot_run(self, desk, visit):
+        at = fill(visit("edit"))
         at.selectbox(key="edit_model").set_value("gpt2-xl").run()
         assert "huggingface-cli download" in words(at)
-        assert at.button(key="edit_run").disabled
+        at.button(key="edit_run").click().run()
+        assert not desk.submitted
+        assert "edit_job" not in at.session_state
+
+    def test_a_mistake_in_a_folded_field_unfolds_it(self, desk, visit):
+        at = fill(unfold(visit("edit"), "edit_checks"))
+        at.text_area(key="edit_neighbours").set_value("\n".join(f"Prompt {n}" for n in range(500))).run()
+        at.session_state["edit_checks"] = False
+        at.run()
+        assert not at.text_area
+        at.button(key="edit_run").click().run()
+        assert "neighbours" in words(at)
+        assert at.text_area(key="edit_neighbours").value
+        assert not desk.submitted
 
     def test_the_result_survives_a_visit_elsewhere(self, visit):
         at = visit("edit", run=WORKS.digest)
