@@ -22,7 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 READY = '[data-testid="stApp"][data-test-script-state="notRunning"]'
 HEADING = '[data-testid="stMain"] h1'
 CELLS = '[class*="st-key-chart_map"] [aria-roledescription="rect mark"]'
+SHOWN = f"document.querySelector('{HEADING}')?.innerText"
 PLACE = 'input[aria-label="Place"]'
+CANCELLED = "[...document.querySelectorAll('[data-testid=stAlert]')].some(a => a.innerText.includes('Cancelled.'))"
 PATIENCE = 180_000
 SAMPLES = 200
 TARGETS = {
@@ -85,8 +87,8 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def app(cache: Path) -> Iterator[str]:
-    """The app on a free port of this machine."""
+def app(cache: Path, **options: str) -> Iterator[str]:
+    """The app on a free port of this machine; `options` are further environment variables."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -95,7 +97,7 @@ def app(cache: Path) -> Iterator[str]:
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={**os.environ, "MEGA_CACHE_DIR": str(cache)},
+        env={**os.environ, "MEGA_CACHE_DIR": str(cache), **options},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -130,14 +132,23 @@ CONDITION may speak of `before`, the value of CONDITION_VALUE when the click cam
 """
 
 
+def stopwatch(condition: str, value: str = "null") -> str:
+    """The script that makes the page wait for a click and then for a condition, written in JavaScript."""
+    return STOPWATCH.replace("CONDITION_VALUE", value).replace("CONDITION", condition)
+
+
+def waited(patience: int) -> str:
+    """The script that gives what the stopwatch found, -1 when it found nothing within `patience` milliseconds."""
+    return f"() => Promise.race([window.waited, new Promise(done => setTimeout(() => done(-1), {patience}))])"
+
+
 def clicked(page: Any, target: Any, condition: str, value: str = "null", *, patience: int = 20_000) -> float:
-    """Milliseconds from a click on `target` until a condition, written in JavaScript, holds. Raises Unmeasured when it
-    does not within `patience` milliseconds.
+    """Milliseconds from a click on `target` until a condition holds. Raises Unmeasured when it does not within
+    `patience` milliseconds.
     """
-    page.evaluate(STOPWATCH.replace("CONDITION_VALUE", value).replace("CONDITION", condition))
+    page.evaluate(stopwatch(condition, value))
     target.click(force=True)
-    end = f"new Promise(done => setTimeout(() => done(-1), {patience}))"
-    took = float(page.evaluate(f"() => Promise.race([window.waited, {end}])"))
+    took = float(page.evaluate(waited(patience)))
     if took < 0:
         raise Unmeasured(f"after a click, nothing fulfilled: {condition}")
     return took
@@ -170,11 +181,10 @@ def _switches(browser: Any, url: str, count: int) -> list[float]:
     page.goto(url)
     page.locator(HEADING).first.wait_for(timeout=PATIENCE)
     page.locator(READY).wait_for(timeout=PATIENCE)
-    heading = f"document.querySelector('{HEADING}')?.innerText"
     times = []
     for number in range(count + len(PAGES)):
         link = page.locator('[data-testid="stSidebar"] a').nth((number + 1) % len(PAGES))
-        took = clicked(page, link, f"{heading} && {heading} !== before", heading)
+        took = clicked(page, link, f"{SHOWN} && {SHOWN} !== before", SHOWN)
         page.locator(READY).wait_for(timeout=PATIENCE)
         if number >= len(PAGES):  # the first round imports each page's modules
             times.append(took)
@@ -230,14 +240,13 @@ def _submits(browser: Any, url: str, count: int) -> tuple[list[float], list[floa
     seed = page.get_by_label("Seed", exact=True)
     queued, cancelled = [], []
     progress = r"[...document.querySelectorAll('h2')].some(h => /^(Running for|Waiting:)/.test(h.innerText))"
-    told = "[...document.querySelectorAll('[data-testid=\"stAlert\"]')].some(a => a.innerText.includes('Cancelled.'))"
     for number in range(count + 1):
         seed.fill(str(1000 + number))
         seed.press("Tab")
         page.locator(READY).wait_for(timeout=PATIENCE)
         queued.append(clicked(page, page.get_by_role("button", name="Run this edit"), progress))
         try:
-            cancelled.append(clicked(page, page.get_by_role("button", name="Cancel"), told, patience=5000))
+            cancelled.append(clicked(page, page.get_by_role("button", name="Cancel"), CANCELLED, patience=5000))
         except Exception:  # noqa: BLE001 - it was done before it could be stopped
             page.locator(CELLS).first.wait_for(timeout=PATIENCE)
         page.locator(READY).wait_for(timeout=PATIENCE)

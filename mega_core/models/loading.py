@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from mega_core.models.arch import spec_of
 from mega_core.settings import ModelEntry, Settings, check_folder, weights_digest
 
 log = logging.getLogger(__name__)
+
+_one_at_a_time = Lock()
+"""transformers loads with the help of states of the whole process: of two models loaded at once, one lacks weights."""
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -38,8 +42,9 @@ def load(entry: ModelEntry, settings: Settings, report: Reporter = silent) -> Mo
     with stage(report, f"load {entry.name}", total=3) as step:
         file_digest = weights_digest(path, settings.cache_dir)
         step()
-        tokenizer = _tokenizer(path, entry.name)
-        model = _model(path, entry, settings)
+        with _one_at_a_time:
+            tokenizer = _tokenizer(path, entry.name)
+            model = _model(path, entry, settings)
         step()
         lm = ModelAdapter(model, tokenizer, entry.ref(), file_digest)
         check_parts(lm)

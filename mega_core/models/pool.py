@@ -139,7 +139,7 @@ class ModelPool:
             self._slots.move_to_end(key)
             return slot, False
         while not self._has_room(entry):
-            idle = next((k for k, s in self._slots.items() if s.holder is None), None)
+            idle = next((k for k, s in self._slots.items() if s.holder is None and not s.entry.embedded), None)
             if idle is None:
                 return None, False
             log.info("dropping %s to make room for %s", idle.name, entry.name)
@@ -149,11 +149,13 @@ class ModelPool:
         return slot, True
 
     def _has_room(self, entry: ModelEntry) -> bool:
-        if not self._slots:
+        """Embedded models always fit, and take no room of others: loading one again costs more than keeping it."""
+        others = [slot.entry for slot in self._slots.values() if not slot.entry.embedded]
+        if entry.embedded or not others:
             return True
         budget = self.settings.memory_gb
-        needed = entry.memory_gb + sum(slot.entry.memory_gb for slot in self._slots.values())
-        return len(self._slots) < self.settings.max_models and (budget is None or needed <= budget)
+        needed = entry.memory_gb + sum(other.memory_gb for other in others)
+        return len(others) < self.settings.max_models and (budget is None or needed <= budget)
 
     def _give_back(self, key: ModelRef, slot: _Slot) -> str:
         """Empty when the model is clean, else what was wrong with it."""

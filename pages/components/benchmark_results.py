@@ -108,7 +108,7 @@ def _chosen(tables: Tables) -> tuple[Measure, str]:
     heading("Results")
     st.segmented_control(
         "Protocol: numbers of two are never mixed", list(titles), format_func=lambda name: titles[name].title,
-        key="bench_protocol", required=True,
+        key="bench_protocol", required=True, on_change=_mine, args=("bench_protocol",),
     )  # fmt: skip
     protocol = titles[st.session_state["bench_protocol"]]
     st.caption(f"{md(protocol.summary)} *{md(protocol.paper)}*")
@@ -129,15 +129,31 @@ def _from_link(name: str) -> None:
     """Take over what the address says, on arrival only: a quick click carries the address from before the last one."""
     if st.session_state.get("bench_shown") != name:
         for part, key in KEYS.items():
+            _mine(key)
             if asked := st.query_params.get(part, ""):
                 st.session_state[key] = str(asked)
     st.session_state["bench_shown"] = name
 
 
 def _settle(key: str, options: list[str], first: str) -> None:
-    """See to it that a widget holds one of its options."""
-    if st.session_state.get(key) not in options:
-        st.session_state[key] = first if first in options else options[0]
+    """See to it that a widget holds one of its options. What nobody chose follows the results as they come in: while
+    few are there, the best first choice may not be among them.
+    """
+    proposed: dict[str, str] = st.session_state.setdefault("bench_proposed", {})
+    now = st.session_state.get(key)
+    if now not in options or now == proposed.get(key):
+        proposed[key] = first if first in options else options[0]
+        st.session_state[key] = proposed[key]
+
+
+def _choose(key: str, value: str) -> None:
+    _mine(key)
+    st.session_state[key] = value
+
+
+def _mine(key: str) -> None:
+    """The person chose: no proposal replaces it any more."""
+    st.session_state.get("bench_proposed", {}).pop(key, None)
 
 
 def _into_link() -> None:
@@ -194,8 +210,11 @@ def _table(tables: Tables, measure: Measure) -> None:
     titles = {one.name: one.title for one in measures}
     methods = list(tables.scores.loc[_rows(tables, measure), "method"])
     with st.container(horizontal=True, gap="small"):
-        st.selectbox("Metric", list(titles), format_func=lambda name: titles[name], key="bench_metric")
-        st.selectbox("Method", methods, key="bench_method")
+        st.selectbox(
+            "Metric", list(titles), format_func=lambda name: titles[name], key="bench_metric", on_change=_mine,
+            args=("bench_metric",),
+        )  # fmt: skip
+        st.selectbox("Method", methods, key="bench_method", on_change=_mine, args=("bench_method",))
     _into_link()
 
 
@@ -211,15 +230,15 @@ def _cell_chosen(labels: list[str], columns: dict[str, str]) -> None:
     cells = st.session_state.get("bench_table", {}).get("selection", {}).get("cells", [])
     for row, column in cells:
         if 0 <= row < len(labels):
-            st.session_state["bench_method"] = labels[row]
+            _choose("bench_method", labels[row])
         if column in columns:
-            st.session_state["bench_metric"] = columns[column]
+            _choose("bench_metric", columns[column])
 
 
 def _dot_chosen() -> None:
     picked = st.session_state.get("bench_dots", {}).get("selection", {}).get(benchmark_charts.PICK, [])
     if picked:
-        st.session_state["bench_method"] = str(picked[0].get("method", ""))
+        _choose("bench_method", str(picked[0].get("method", "")))
 
 
 # The pictures --------------------------------------------------------------------------------------------------------

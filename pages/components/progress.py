@@ -72,7 +72,14 @@ def draw(slot: str, done: Done, *, first_time: str = "", height: int | None = No
     """
     job_id = live(slot)
     if job_id is not None:
-        st.fragment(_live, run_every=0.5)(slot, job_id, done, first_time)
+        st.fragment(_live, run_every=_pause(job_id))(slot, job_id, done, first_time)
+
+
+def _pause(job_id: str) -> float:
+    """Seconds between two looks at a job: one that has others before it is looked at less often."""
+    with suppress(ActionableError):
+        return 1.0 if service().job(job_id, owner()).ahead else 0.5
+    return 0.5
 
 
 @told

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 
-import pytest
-
 
 def configure(one, methods, cases):
     configured = one.page.locator("details", has_text="Configure")
@@ -29,7 +27,6 @@ def choose(one, label, text):
     one.page.get_by_role("option", name=text, exact=True).click()
 
 
-@pytest.mark.xfail(strict=False, reason="a method chosen while the page redraws at the end of a run can be lost")
 def test_from_the_form_to_the_answers_behind_a_number(server, window):
     one = window(server)
     one.go("/benchmark", "New benchmark")

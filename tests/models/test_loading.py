@@ -6,7 +6,9 @@ import json
 import pickle
 import shutil
 import socket
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mega_core.errors import ModelUnavailable, UnsupportedModel
 from mega_core.events import Event, Finished, Started
+from mega_core.models import loading
 from mega_core.models.loading import load, pick_device
 from mega_core.settings import ModelEntry, Settings
 from tests.conftest import ARCH_NAMES
@@ -62,6 +65,26 @@ def test_every_architecture_comes_back_as_saved(folders: Callable[[str], Path], 
     assert not any(p.requires_grad for p in lm.model.parameters())
     assert isinstance(events[0], Started)
     assert isinstance(events[-1], Finished)
+
+
+def test_models_are_read_one_at_a_time(folders: Callable[[str], Path], tmp_path: Path, monkeypatch):
+    """Of two that were read at once, one came back without some of its weights."""
+    read, inside, together = loading._model, [], []
+
+    def slowly(path: Path, *more):
+        inside.append(path)
+        together.append(len(inside))
+        time.sleep(0.1)
+        model = read(path, *more)
+        inside.remove(path)
+        return model
+
+    monkeypatch.setattr(loading, "_model", slowly)
+    entries = [ModelEntry(name, path=folders(name)) for name in ("gpt2", "llama", "qwen3")]
+    with ThreadPoolExecutor() as pool:
+        loaded = list(pool.map(lambda entry: load(entry, Settings(cache_dir=tmp_path)), entries))
+    assert [lm.ref.name for lm in loaded] == ["gpt2", "llama", "qwen3"]
+    assert together == [1, 1, 1]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

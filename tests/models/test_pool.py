@@ -99,6 +99,16 @@ def test_the_memory_budget_makes_room_too():
     assert [ref.name for ref, _ in pool.loaded()] == ["llama", "qwen3"]
 
 
+def test_embedded_models_stay_and_take_no_room():
+    loader = Loader()
+    small = {name: replace(ENTRIES[name], embedded=True) for name in ("llama", "qwen3")}
+    pool = ModelPool(Settings(models={**ENTRIES, **small}, max_models=1), loader)
+    for name in ("llama", "gpt2", "qwen3", "llama", "gpt2"):
+        with pool.lease(ModelRef(name)):
+            pass
+    assert loader.loads == ["llama", "gpt2", "qwen3"]
+
+
 def test_a_model_in_use_is_not_dropped_for_another():
     pool = pool_of(Loader(), max_models=1)
     with (
