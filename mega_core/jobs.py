@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import secrets
 import threading
 import time
@@ -364,6 +365,8 @@ class Jobs(Generic[Q, R]):
 
     def _work(self, model: str) -> None:
         """The life of one lane's thread."""
+        if hasattr(os, "setpriority"):  # pages are drawn before edits are computed
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
         while True:
             with self._changed:
                 idle_until = time.monotonic() + self.limits.idle_seconds
