@@ -84,7 +84,7 @@ def _head_scores(report: Report, look: Look) -> Made | None:
     chart = view_charts.head_map(mine, "value", limit=rearranged.limit_of(table), selected=at)
     reading = (
         f"{_standing_out(look.state)} layer {int(best['layer'])} · head {int(best['head'])}, {signed(best['value'])} "
-        f"nats toward {_who(report, look)}. Click a head to open it."
+        f"nats toward {_who(report, look)}."
     )
     wide = table[table["candidate"] == look.candidate].pivot_table(
         index=["layer", "head"], columns="state", values="value", aggfunc="first"

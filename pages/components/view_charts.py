@@ -27,12 +27,6 @@ PICK = "pick"
 _DASHES = alt.Scale(domain=list(STATES.values()), range=[[4, 4], [1, 0]])
 
 
-def change(frame: pd.DataFrame, keys: list[str], value: str) -> pd.DataFrame:
-    """After minus before of one column; rows that only one state has are left out."""
-    wide = frame.pivot_table(index=keys, columns="state", values=value, aggfunc="first")
-    return (wide["after"] - wide["before"]).dropna().rename(value).reset_index()
-
-
 def head_map(
     table: pd.DataFrame,
     value: str = "contribution",
@@ -121,32 +115,6 @@ def dumbbells(
         wide = base.mark_rect(opacity=0.001, cursor="pointer").encode(x=alt.value(0), x2=alt.value("width"))
         layered.append(wide.add_params(click))
     return _finished([*layered, rule, hollow, full], 24 * max(1, len(shown)) + 96)
-
-
-def source_bars(table: pd.DataFrame) -> alt.LayerChart:
-    """From which tokens one head reads what it says: bars of its contribution by source position."""
-    shown = table[(table["position"] >= 0) | (table["contribution"].abs() > 1e-3)]  # a text in front, if there is one
-    shown = shown.assign(place=[place_label(p, t) for p, t in zip(shown["position"], shown["token"], strict=True)])
-    return _bars(shown, "place", "contribution", "Contribution, nats", list(shown["place"]), ["attention"])
-
-
-def neuron_bars(
-    table: pd.DataFrame, words: pd.DataFrame | None = None, most: int = 20, letter: str = "N"
-) -> alt.LayerChart:
-    """The neurons that promote or suppress a candidate most, each with the first token that it promotes."""
-    shown = table.reindex(table["contribution"].abs().sort_values(ascending=False).index).head(most)
-    shown = shown.sort_values("contribution", ascending=False)
-    names = [f"L{row.layer} · {letter}{row.neuron}" for row in shown.itertuples()]
-    if words is not None and len(words):
-        first = words[(words["direction"] == "promoted") & (words["rank"] == 1)]
-        said = {(int(w.layer), str(w.neuron)): token_label(str(w.token)) for w in first.itertuples()}
-        names = [
-            f"{name}  {said.get((int(row.layer), str(row.neuron)), '')}".rstrip()
-            for name, row in zip(names, shown.itertuples(), strict=True)
-        ]
-    return _bars(
-        shown.assign(place=names), "place", "contribution", "Contribution, nats", names, ["coefficient", "certified"]
-    )
 
 
 def lens_lines(

@@ -51,16 +51,8 @@ def test_a_run_without_the_frame_has_no_picture(name) -> None:
 
 
 def test_what_cannot_be_printed_is_spelled_out() -> None:
-    bars = view_charts.source_bars(
-        pd.DataFrame({"position": [0, -1], "token": ["\x08", ""], "contribution": [1.0, 0.5], "attention": [0.5, 0.5]})
-    ).to_dict()
-    (rows,) = bars["datasets"].values()
-    assert [row["place"] for row in rows] == ["0 \\x08", "text in front"]
-
-
-def test_a_change_needs_both_states() -> None:
-    scores = pd.DataFrame({"state": ["before", "after", "after"], "head": [0, 0, 1], "contribution": [1.0, 3.0, 5.0]})
-    assert view_charts.change(scores, ["head"], "contribution").to_dict("records") == [{"head": 0, "contribution": 2.0}]
+    assert view_charts.place_label(0, "\x08") == "0 \\x08"
+    assert view_charts.place_label(-1, "") == "text in front"
 
 
 def test_heads_share_one_symmetric_scale() -> None:
