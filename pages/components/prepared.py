@@ -12,9 +12,9 @@ from mega_core.records import Report
 from pages.components import charts, tables
 
 
-@st.cache_data(max_entries=32, show_spinner=False)
+@st.cache_resource(max_entries=32, show_spinner=False)
 def tables_of(digest: str, _report: Report) -> dict[str, pd.DataFrame]:
-    """Every table the pictures draw, keyed by the run."""
+    """Every table the pictures draw, keyed by the run. Shared and not copied: nobody writes into them."""
     return {
         "cells": tables.module_cells(_report),
         "sums": tables.sum_check(_report),
