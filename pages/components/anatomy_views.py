@@ -261,7 +261,7 @@ def _heads(report: Report, look: Look, places: Known) -> None:
         _show(report, "head_scores", look, on_select=_clicked(report, "head_scores", of_cell, places))
     with right:
         if place is None:
-            st.caption("Click a head, or choose an attention cell of the map, to see the heads of its layer side by side.")
+            st.caption("Click a head, or choose an attention cell of the map, to see its layer's heads side by side.")
             return
 
         def of_row(point: Mapping[str, object]) -> Place:

@@ -100,7 +100,8 @@ def _methods(model: ModelInfo) -> tuple[tuple[str, ...], bool]:
         f"All {len(usable)} methods that can edit this model", key="bench_everyone", persist_state="session"
     )
     chosen = [name for name in st.session_state.get("bench_methods", usable[:2]) if name in usable]
-    st.session_state["bench_methods"] = chosen
+    if chosen != st.session_state.get("bench_methods"):  # set on every run, it would undo a choice made meanwhile
+        st.session_state["bench_methods"] = chosen
 
     def label(name: str) -> str:
         estimate = infos[name].seconds_estimate

@@ -143,7 +143,8 @@ def _settle(key: str, options: list[str], first: str) -> None:
     now = st.session_state.get(key)
     if now not in options or now == proposed.get(key):
         proposed[key] = first if first in options else options[0]
-        st.session_state[key] = proposed[key]
+        if proposed[key] != now:
+            st.session_state[key] = proposed[key]
 
 
 def _choose(key: str, value: str) -> None:

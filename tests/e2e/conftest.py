@@ -148,7 +148,7 @@ class Window:
     def settle(self) -> None:
         """Wait until the app has stopped working."""
         self.page.wait_for_function(
-            "!document.querySelector('[data-testid=\"stStatusWidget\"]')"
+            "document.querySelector('[data-testid=\"stApp\"]').dataset.testScriptState === 'notRunning'"
             " && !document.querySelector('[data-testid=\"stSkeleton\"]')"
         )
 
