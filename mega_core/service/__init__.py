@@ -55,6 +55,7 @@ __all__ = [
     "PROMISES",
     "Answer",
     "Condition",
+    "Example",
     "Held",
     "MethodInfo",
     "ModelInfo",

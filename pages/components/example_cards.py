@@ -7,9 +7,9 @@ from typing import Any
 
 import streamlit as st
 
-from mega_core.embedded.examples import Example
 from mega_core.errors import ActionableError
 from mega_core.records import EditRequest
+from mega_core.service import Example
 from pages.components import charts, readings, tables
 from pages.components.report_view import outcome_badge
 from pages.components.text import md

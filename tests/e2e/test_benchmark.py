@@ -22,8 +22,17 @@ def configure(one, methods, cases):
     one.see(f"{(len(methods) + 1) * cases} measurements")
 
 
+def unfold(one, label):
+    """Open a list of choices. One that is opened while the page still scrolls is closed again."""
+    box = one.page.get_by_label(label, exact=True)
+    box.evaluate("box => box.scrollIntoView({block: 'center'})")
+    one.settle()
+    one.page.wait_for_timeout(500)
+    box.click()
+
+
 def choose(one, label, text):
-    one.page.get_by_label(label, exact=True).click()
+    unfold(one, label)
     one.page.get_by_role("option", name=text, exact=True).click()
 
 
@@ -44,7 +53,7 @@ def test_from_the_form_to_the_answers_behind_a_number(server, window):
     other.see("ft_m · Efficacy, generated: contains")
     other.page.get_by_role("button", name="Report (HTML)").wait_for()  # drawn to the end
     other.settle()
-    other.page.get_by_label("Case", exact=True).click()
+    unfold(other, "Case")
     other.page.get_by_role("option").first.click()
     other.press("Open as a run")
     other.see("Run this edit")
