@@ -121,6 +121,7 @@ class Visitor:
     run: str
     reruns: list[float] = field(default_factory=list)
     cancels: list[float] = field(default_factory=list)
+    session: str = ""
 
     def stay(self, over: Event) -> None:
         """Ask for whole pages until it is `over`: the status page and a finished run in turn. Now and then begin an
@@ -139,8 +140,6 @@ class Visitor:
                     took, text = self._ask(trigger={"key": "edit_cancel"})
                     if "Cancelled." in text:
                         self.cancels.append(took)
-
-    session: str = ""
 
     def _ask(self, **what: Any) -> tuple[float, str]:
         """(milliseconds, the whole page as JSON)."""

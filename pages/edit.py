@@ -38,10 +38,10 @@ if asked:
         report = desk.cached(asked)
     except ActionableError as error:
         trouble = error
-came_in = report is not None and st.session_state.get("edit_filled") != report.digest
-if report is not None and came_in:
+if report is not None and st.session_state.get("edit_filled") != report.digest:
     request_form.lay_down(request_form.draft_of_plan(report.question))
     st.session_state["edit_filled"] = report.digest
+    desk.visited(report, owner())
 if report is not None:
     st.session_state["run_shown"] = report.digest
 
@@ -83,7 +83,5 @@ if report is not None:
         report_view.evidence(report)
     report_view.receipt(report)
     edit_stack.draw(report)
-    if came_in:
-        desk.visited(report, owner())
 elif asked is None:
     request_form.warm_up()  # whoever comes without a finished run is about to ask for one
