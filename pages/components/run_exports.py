@@ -8,20 +8,18 @@ import streamlit as st
 
 from mega_core.records import MAX_FILE_BYTES, Report
 from pages.components import run_files
-from pages.components.session import told
 from pages.components.text import md
 
 
-@st.fragment
-@told
 def draw(report: Report) -> None:
-    """A popover with the link to a run and its files."""
+    """A popover with the link to a run and its files.
+
+    It doesn't ask for a rerun when it opens or closes: a click on another page closes it too, and a rerun of this
+    page asked for by that click would arrive during the other page's and empty it.
+    """
     stem = run_files.stem(report)
     key = report.digest[:8]
-    opened = st.popover("Export", icon=":material/download:", width="content", key=f"export_{key}", on_change="rerun")
-    if not opened.open:
-        return
-    with opened:
+    with st.popover("Export", icon=":material/download:", width="content", key=f"export_{key}"):
         st.markdown("**Link to this run**")
         st.code(link(report), language=None, wrap_lines=True)
         st.caption("It opens the run on this machine. Opening it never starts work.")
