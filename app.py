@@ -2,7 +2,7 @@
 
 import streamlit as st
 
-from pages.components import frame, session
+from pages.components import frame
 
 page = frame.navigation()
 st.logo(frame.MARK, size="large")
@@ -10,4 +10,7 @@ st.session_state["framed"] = True
 try:
     page.run()
 except Exception as error:  # a rerun or a stop is a BaseException and passes
-    session.tell(error)
+    # Not above: it needs the service, whose modules take a second to read. The first page draws its heading before.
+    from pages.components.session import tell
+
+    tell(error)
