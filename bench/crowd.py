@@ -192,7 +192,7 @@ async def _all(url: str, everyone: list[Person]) -> None:
         )
         behind.chmod(0o700)
         async with async_playwright() as driver:
-            browser = await driver.chromium.launch(executable_path=behind, args=["--no-sandbox"])
+            browser = await driver.chromium.launch(executable_path=behind, args=["--no-sandbox", "--disable-gpu"])
             await asyncio.gather(*(_live(browser, url, person) for person in everyone))
             await browser.close()
 
@@ -280,9 +280,10 @@ async def _cancel(page: Any, person: Person) -> None:
     await seed.press("Tab")
     await page.locator(READY).wait_for()
     await _press_run(page, person)
+    stop = page.get_by_role("button", name="Cancel")
     with suppress(PlaywrightTimeout):  # it may be done before it can be stopped
-        await page.get_by_role("button", name="Cancel").click(timeout=2000)
-    await page.get_by_text("Cancelled.").or_(page.locator(CELLS)).first.wait_for()
+        await stop.click(timeout=2000)
+    await stop.wait_for(state="detached")
     await page.locator(READY).wait_for()
     await seed.fill("0")
     await seed.press("Tab")

@@ -81,7 +81,7 @@ def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
         yield browser
         browser.close()
 
@@ -198,8 +198,9 @@ def _opens(browser: Any, url: str, count: int) -> list[float]:
     page.goto(url)
     times = []
     for _ in range(count + 1):
-        opening = page.get_by_role("button", name="Open").first
+        opening = page.get_by_role("link", name="Open").first
         opening.wait_for(timeout=PATIENCE)
+        page.locator(CELLS).first.wait_for(state="detached", timeout=PATIENCE)
         page.locator(READY).wait_for(timeout=PATIENCE)
         times.append(clicked(page, opening, f"document.querySelector('{CELLS}')"))
         page.locator(READY).wait_for(timeout=PATIENCE)

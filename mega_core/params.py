@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import isfinite
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
@@ -103,6 +104,11 @@ def knob(
 
 def knobs_of(params: type) -> tuple[Knob, ...]:
     """The parameters in the order of the dataclass."""
+    return _knobs_of(params)
+
+
+@cache
+def _knobs_of(params: type) -> tuple[Knob, ...]:
     hints = get_type_hints(params)
     return tuple(_knob(f, hints[f.name]) for f in dataclasses.fields(params))
 

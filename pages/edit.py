@@ -11,7 +11,6 @@ from pages.components import (
     edit_states,
     edit_strength,
     frame,
-    progress,
     report_view,
     request_form,
 )
@@ -19,8 +18,7 @@ from pages.components.session import owner, service, show_run, shown_run, tell
 
 frame.enter()
 desk = service()
-job = progress.live("edit")
-asked = None if job else shown_run()
+asked = shown_run()
 
 
 def done(view: JobView) -> None:
@@ -54,21 +52,17 @@ if report is None:
 else:
     edit_headline.draw(report)
 
-# What a person came for is drawn first: the progress, or what the models say and the map; then the form, and the rest.
+# What a person came for is drawn first: what the models say, and the map; then the form, and the rest.
 left, right = st.columns([1, 2], gap="large")
 evidence, inside = st.container(), st.container()
 with right:
-    if job:
-        progress.draw("edit", done)
-    elif report is not None:
-        progress.failure("edit")
+    if report is not None:
         report_view.answers(report)
     elif trouble is not None:
         tell(trouble)
     elif asked is not None:
         edit_states.unknown_run(asked, desk.entry(asked) if asked else None)
     else:
-        progress.failure("edit")
         edit_states.nothing_yet()
 if report is not None:
     with inside:
@@ -76,7 +70,8 @@ if report is not None:
         edit_headline.ways(report, {"anatomy": "Look deeper into this run: heads, neurons, lens, causal trace"})
 with left:
     request_form.draw_form()
-    request_form.draw_buttons(busy=bool(job))
+    with st.container(key="edit_run_bar"):  # stays in view below a form that doesn't fit: see frame.css
+        request_form.draw_run(done)
 if report is not None:
     with evidence:
         edit_strength.draw(report)

@@ -584,7 +584,7 @@ class Service:
     def _knobs(self, method: Method[Any], entry: ModelEntry) -> tuple[Knob, ...]:
         """The method's parameters; a model's default that the method can't take is left to plan() to complain about."""
         own: Mapping[str, Scalar] = entry.defaults.get(method.name, {})
-        return tuple(replace(knob, default=own.get(knob.name, knob.default)) for knob in method.knobs())
+        return tuple(replace(knob, default=own[knob.name]) if knob.name in own else knob for knob in method.knobs())
 
 
 def _resident_bytes() -> int:

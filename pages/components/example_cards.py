@@ -45,8 +45,11 @@ def _card(example: Example, examples: tuple[Example, ...]) -> None:
             alt=f"Change of every module's push toward {what}. {readings.of_module_map(cells, candidate, request)[1]}",
         )
         st.caption(f"Blue modules push more toward {md(what)} than before the edit, orange ones less.")
-    if st.button("Open", key=f"open_{example.name}", icon=":material/open_in_new:", type="primary", width="stretch"):
-        st.switch_page("pages/edit.py", query_params={"run": example.digest})
+    with st.container(key=f"open_{example.name}"):
+        st.page_link(
+            "pages/edit.py", label="Open", icon=":material/open_in_new:", query_params={"run": example.digest},
+            width="stretch",
+        )  # fmt: skip
 
 
 @st.cache_data(max_entries=8, show_spinner=False)

@@ -105,10 +105,9 @@ def _cards(report: Report, evidence: pd.DataFrame) -> None:
     has_true = "p_true_after" in evidence
     # A row that wraps: four in a line on a desk, two by two on a phone.
     row = st.container(horizontal=True, gap="small")
-    columns = [row.container(width="stretch") for _ in range(4)]
     if not edit.empty:
         first = edit.iloc[0]
-        columns[0].metric(
+        row.metric(
             "New object",
             percent(first["p_new_after"]),
             f"before {percent(first['p_new_before'])}",
@@ -118,7 +117,7 @@ def _cards(report: Report, evidence: pd.DataFrame) -> None:
             help="Probability of the whole new object after the edit prompt: the product over its tokens.",
         )
         if has_true:
-            columns[1].metric(
+            row.metric(
                 "Original object",
                 percent(first["p_true_after"]),
                 f"before {percent(first['p_true_before'])}",
@@ -128,27 +127,25 @@ def _cards(report: Report, evidence: pd.DataFrame) -> None:
                 help="Probability of the whole original object after the edit prompt.",
             )
     rule = "new object more likely than the original" if has_true else "new object's first token is the top answer"
-    for column, kind, label, text in (
+    for kind, label, text in (
         (
-            columns[2],
             "paraphrase",
             "Paraphrases",
             f"Paraphrase success: share of paraphrases with the {rule}, by mean log-probability "
             "per token. Never used for fitting.",
         ),
         (
-            columns[3],
             "neighbourhood",
-            "Neighbours kept",
+            "Neighbours",
             "Neighbourhood success: share of prompts about other subjects where the original object is still more "
             "likely than the new one.",
         ),
     ):
         mine = evidence[evidence["prompt_kind"] == kind]
         if mine.empty:
-            column.metric(label, "–", "no prompts given", delta_color="off", delta_arrow="off", border=True, help=text)
+            row.metric(label, "–", "no prompts given", delta_color="off", delta_arrow="off", border=True, help=text)
         else:
-            column.metric(
+            row.metric(
                 label,
                 f"{int(mine['passed_after'].sum())} / {len(mine)}",
                 f"before {int(mine['passed_before'].sum())} / {len(mine)}",

@@ -18,7 +18,7 @@ import streamlit as st
 from mega_core.errors import ActionableError, BadInput
 from mega_core.records import MAX_SUBJECT, MAX_TARGET, MAX_TEMPLATE, EditRequest, Inspection
 from mega_core.service import MethodInfo, ModelInfo, Service
-from pages.components import method_picker
+from pages.components import method_picker, progress
 from pages.components.session import forget_run, owner, service, start, tell, told, unforeseen
 from pages.components.text import md
 
@@ -93,6 +93,7 @@ def reset() -> None:
         st.session_state.pop(key, None)
     forget_run()
     lay_down(FIELDS)
+    st.session_state["edit_changed"] = True
 
 
 @st.fragment
@@ -169,20 +170,28 @@ def draw_form() -> None:
             _checks()
 
 
-def draw_buttons(*, busy: bool) -> None:
-    """Run and Reset. Not in the form's fragment: what they do changes the whole page, which is so drawn only once."""
-    with st.container(horizontal=True, gap="small"):
+@st.fragment
+@told
+def draw_run(done: progress.Done) -> None:
+    """Run and Reset, and below them the work and how it failed; `done` as in progress.draw. A fragment of its own:
+    the work's place in the queue is there before a whole page could be drawn.
+    """
+    if st.session_state.pop("edit_changed", False):
+        st.rerun()
+    with st.container(horizontal=True, gap="xsmall"):
         st.button(
             "Run this edit",
             type="primary",
             icon=":material/play_arrow:",
             shortcut="Ctrl+Enter",
-            disabled=busy,
+            disabled=progress.live("edit") is not None,
             key="edit_run",
             on_click=_run,
         )
         st.button("Reset", icon=":material/restart_alt:", on_click=reset, key="edit_reset")
     _complaint("")
+    progress.failure("edit")
+    progress.draw("edit", done)
 
 
 def _advanced(method: MethodInfo | None) -> None:
@@ -326,9 +335,11 @@ def _lines(key: str) -> tuple[str, ...]:
 
 
 def _run() -> None:
-    """Ask for what the form says. Called before anything is drawn, so that the page shows the work at once."""
+    """Ask for what the form says. Called before anything is drawn, so that the work shows at once; what else it changes
+    on the page (a stored answer, a complaint at a field, an old one gone) needs the whole page.
+    """
     desk = service()
-    st.session_state.pop("edit_problem", None)
+    changed = st.session_state.pop("edit_problem", None) is not None
     try:
         model, name = str(st.session_state["edit_model"]), st.session_state.get("edit_method")
         if not any(info.name == model and info.available for info in desk.models()):
@@ -358,6 +369,7 @@ def _run() -> None:
         st.session_state["edit_problem"] = Problem("", error.what, error.next_step)
     except Exception as error:
         st.session_state["edit_problem"] = Problem("", *unforeseen(error))
+    st.session_state["edit_changed"] = changed or "edit_job" not in st.session_state
 
 
 def _ask(desk: Service, model: ModelInfo) -> None:

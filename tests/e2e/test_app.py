@@ -54,7 +54,7 @@ def test_from_start_over_an_example_to_the_detail(server, window):
         pytest.skip("no examples are shipped yet (python -m mega_core examples)")
     one = window(server)
     one.go("/", "Edit Anatomy")
-    one.press("Open")
+    one.page.get_by_role("link", name="Open").first.click()
     one.see_result()
     assert re.search(r"run=[0-9a-f]{64}", one.page.url)
     place = click_a_cell(one)
