@@ -14,7 +14,6 @@ st.caption(
 report = run_bar.opened("look inside")
 if report is not None:
     run_bar.bar(report, "anatomy")
-progress.draw(anatomy_ask.SLOT, anatomy_ask.done)
-progress.failure(anatomy_ask.SLOT)
-if report is not None:
     anatomy_views.draw(report)
+progress.draw(anatomy_ask.SLOT, anatomy_ask.done)  # at the end: there it stays in view wherever on the page one is
+progress.failure(anatomy_ask.SLOT)

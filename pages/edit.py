@@ -70,7 +70,7 @@ if report is not None:
         edit_headline.ways(report, {"anatomy": "Look deeper into this run: heads, neurons, lens, causal trace"})
 with left:
     request_form.draw_form()
-    with st.container(key="edit_run_bar"):  # stays in view below a form that doesn't fit: see frame.css
+    with st.container(key="work_edit_form"):  # stays in view below a form that doesn't fit: see frame.css
         request_form.draw_run(done)
 if report is not None:
     with evidence:

@@ -100,7 +100,7 @@ def draw(report: Report) -> None:
 
         map_figure(report, candidate, place, chart_key, clicked(chart_key, places, take))
     with right, st.container(border=True):
-        detail(cells, place, candidate, request)
+        detail(report, place, candidate)
     left, right = st.columns([2, 1], gap="medium")
     with left:
         profile_figure(report, candidate)
@@ -198,16 +198,13 @@ def _twin(digest: str, candidate: str, _cells: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
 
 
-def detail(cells: pd.DataFrame, place: tuple[int, str], candidate: str, request: EditRequest) -> None:
+def detail(report: Report, place: tuple[int, str], candidate: str) -> None:
     """One place: a sentence, and its numbers for every object and state."""
     layer, module = place
+    cells, request = tables_of(report.digest, report)["cells"], report.question.requests[0]
     st.subheader(cell_name(layer, module), anchor=False)
     st.markdown(md(readings.of_cell(cells, layer, module, candidate, request)))
-    mine = cells[(cells["layer"] == layer) & (cells["module"] == module)].copy()
-    mine["object"] = [readings.explained(c, request) if c != "difference" else "difference" for c in mine["candidate"]]
-    wide = mine.pivot_table(index="object", columns="state", values="value", aggfunc="first", sort=False)
-    extra = mine[mine["state"] == "change"].set_index("object")[["share", "place"]]
-    shown = wide.reindex(columns=[s for s in tables.STATES if s in wide]).join(extra).reset_index()
+    shown = _of_place(report.digest, place, cells, request)
     st.dataframe(
         shown,
         hide_index=True,
@@ -222,6 +219,16 @@ def detail(cells: pd.DataFrame, place: tuple[int, str], candidate: str, request:
         key=f"detail_table_{layer}_{module}",
         alt=f"Contributions of {cell_name(layer, module)}",
     )
+
+
+@st.cache_data(max_entries=256, show_spinner=False)
+def _of_place(digest: str, place: tuple[int, str], _cells: pd.DataFrame, _request: EditRequest) -> pd.DataFrame:
+    """The numbers of one place: a row for each object, its contribution in each state, and the change's share, rank."""
+    mine = _cells[(_cells["layer"] == place[0]) & (_cells["module"] == place[1])].copy()
+    mine["object"] = [readings.explained(c, _request) if c != "difference" else "difference" for c in mine["candidate"]]
+    wide = mine.pivot_table(index="object", columns="state", values="value", aggfunc="first", sort=False)
+    extra = mine[mine["state"] == "change"].set_index("object")[["share", "place"]]
+    return wide.reindex(columns=[s for s in tables.STATES if s in wide]).join(extra).reset_index()
 
 
 def _tinted(layers: int) -> str:

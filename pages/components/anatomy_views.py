@@ -213,7 +213,7 @@ def _map(report: Report, look: Look, places: Known) -> None:
     with right:
         with st.container(border=True):
             if at is not None:
-                anatomy_map.detail(cells, at, look.candidate, report.question.requests[0])
+                anatomy_map.detail(report, at, look.candidate)
                 inside = "heads" if at[1] == "attn" else "neurons"
                 st.button(
                     f"Its {inside}", icon=":material/zoom_in:", key="anatomy_inside", on_click=go_to,

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import streamlit as st
 
-from mega_core.evaluation.text import verdict
 from mega_core.records import Report
-from mega_core.summary import outcome
 from pages.components import frame, run_exports
+from pages.components.prepared import headline_of
 from pages.components.report_view import outcome_badge
 from pages.components.run_badges import imported_badge
 from pages.components.text import md, seconds
@@ -19,9 +18,10 @@ LEADS_TO = {"anatomy": "Look inside", "compare": "Compare methods", "multihop": 
 def draw(report: Report) -> None:
     """What happened, in words, with the run's identity, its files and links to the pages that go on from it."""
     request = report.question.requests[0]
+    kind, sentence = headline_of(report.digest, report)
     with st.container(border=True, gap="small"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-            outcome_badge(outcome(report).kind)
+            outcome_badge(kind)
             restored = report.receipt.restored and report.receipt.hooks_left == 0
             # One element with five badges: each element of its own costs a browser some milliseconds.
             st.markdown(
@@ -41,7 +41,7 @@ def draw(report: Report) -> None:
             imported_badge(report)
             st.space("stretch")
             run_exports.draw(report)
-        st.header(md(verdict(report)), anchor=False)
+        st.header(md(sentence), anchor=False)
         original = f", :gray[was {md(request.target_true)}]" if request.target_true else ""
         st.markdown(f"{md(request.prompt)} **{md(request.target_new)}**{original}")
         for note in report.notes:

@@ -9,6 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from mega_core.records import Report
+from mega_core.summary import outcome, verdict
 from pages.components import charts, tables
 
 
@@ -23,6 +24,12 @@ def tables_of(digest: str, _report: Report) -> dict[str, pd.DataFrame]:
         "evidence": tables.evidence(_report),
         "generations": tables.generations(_report),
     }
+
+
+@st.cache_data(max_entries=128, show_spinner=False)
+def headline_of(digest: str, _report: Report) -> tuple[str, str]:
+    """How a run went (summary.Outcome.kind), and its verdict in words."""
+    return outcome(_report).kind, verdict(_report)
 
 
 @st.cache_data(max_entries=256, show_spinner=False)

@@ -6,8 +6,8 @@ import streamlit as st
 
 from mega_core.errors import ActionableError
 from mega_core.records import Report
-from mega_core.summary import outcome
 from pages.components.frame import PAGES
+from pages.components.prepared import headline_of
 from pages.components.report_view import outcome_badge
 from pages.components.run_badges import imported_badge
 from pages.components.session import owner, service, show_run, shown_run
@@ -39,7 +39,7 @@ def bar(report: Report, here: str) -> None:
     request = report.question.requests[0]
     with st.container(border=True, gap="small"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
-            outcome_badge(outcome(report).kind)
+            outcome_badge(headline_of(report.digest, report)[0])
             st.badge(md(report.question.method.name.upper()), color="gray")
             st.badge(md(report.question.model.name), color="gray")
             st.badge(f"run {report.digest[:8]}", icon=":material/tag:", color="gray")
