@@ -527,7 +527,7 @@ class Jobs(Generic[Q, R]):
 
     def _timeout_words(self, work: _Work) -> tuple[str, str]:
         return (
-            f"This question took longer than {self._limit(work):g} seconds and was stopped.",
+            f"This question took longer than {self._limit(work):g} s and was stopped.",
             "Choose a smaller model, fewer steps or fewer views.",
         )
 
