@@ -40,7 +40,22 @@ STAGE_WORDS = {
     "verify": "Take it out of the running model",
     "strengths": "Try the strengths",
     "asking": "Ask every step",
+    "texts": "Read ordinary texts",
+    "samples": "Write samples",
+    "neurons": "Score value neurons",
+    "query": "Score query neurons",
+    "layers": "Spread the change over the layers",
+    "contexts": "Choose contexts that the model follows",
+    "heads": "Read what the heads say",
+    "differences": "Compare the weights",
+    "variants": "Try variants of the edit",
+    "checks": "Check every part",
+    "undo": "Take one edit back",
+    "masks": "Compare with other masks",
+    "spectra": "Look at the spectra",
 }
+FINISHED_SHOWN = 3
+"""Finished stages that are listed; the box stays in view, so it must not grow with the work."""
 
 Done = Callable[[JobView], None]
 
@@ -63,7 +78,7 @@ def live(slot: str) -> str | None:
     return job_id
 
 
-def draw(slot: str, done: Done, *, first_time: str = "", height: int | None = None) -> None:
+def draw(slot: str, done: Done, *, first_time: str = "") -> None:
     """The stages of the slot's job, polled while it is live. When it is over the whole page is drawn once more, with
     the result or the failure.
 
@@ -107,9 +122,15 @@ def _live(slot: str, job_id: str, done: Done, first_time: str) -> None:
     with st.container(border=True):
         st.header(_heading(view), anchor=False)
         st.progress(view.fraction or 0.0)
-        for stage in view.stages:
-            st.markdown(_line(stage.name, stage.finished, stage.done, stage.total, stage.seconds))
-        if not view.stages:
+        hidden = [stage for stage in view.stages if stage.finished][:-FINISHED_SHOWN]
+        lines = [
+            _line(one.name, one.finished, one.done, one.total, one.seconds) for one in view.stages if one not in hidden
+        ]
+        if hidden:
+            lines.insert(0, f":material/check_circle: {len(hidden)} earlier step{'s' if len(hidden) > 1 else ''}")
+        if lines:
+            st.markdown("  \n".join(lines))
+        else:
             st.caption(first_time or "The first edit after a start also loads the libraries and the model.")
         for note in view.notes:
             st.caption(f":material/info: {md(note)}")
