@@ -86,6 +86,7 @@ def _of_facts() -> None:
             "Of", list(starts[first].subjects), key=f"multihop_subject_{first}", persist_state="session"
         )
     links = desk.chains.links(subject, (first,))
+    left, middle, right = st.columns(3, gap="small")  # a row of its own: a phone stacks column after column
     with left:
         links += (_next(links[-1], "Then the", f"multihop_second_{first}_{subject}"),)
     with middle:
