@@ -109,6 +109,7 @@ def knobs_of(params: type) -> tuple[Knob, ...]:
 
 @cache
 def _knobs_of(params: type) -> tuple[Knob, ...]:
+    """Kept: reading the hints of every method takes ten milliseconds, and each page of a form asks for them."""
     hints = get_type_hints(params)
     return tuple(_knob(f, hints[f.name]) for f in dataclasses.fields(params))
 

@@ -87,13 +87,13 @@ def draw(slot: str, done: Done, *, first_time: str = "") -> None:
     """
     job_id = live(slot)
     if job_id is not None:
-        with _in_view(slot):
+        with _in_view(f"work_{slot}"):
             st.fragment(_live, run_every=_pause(job_id))(slot, job_id, done, first_time)
 
 
-def _in_view(slot: str) -> st.delta_generator.DeltaGenerator:
-    """A place that stays at the foot of the window while what is above it is longer: see frame.css."""
-    return st.container(key=f"work_{slot}")
+def _in_view(key: str) -> st.delta_generator.DeltaGenerator:
+    """A place that stays at the foot of the window while what is above it is longer: frame.css does it by the key."""
+    return st.container(key=key)
 
 
 def _pause(job_id: str) -> float:
@@ -170,11 +170,12 @@ def failure(slot: str) -> bool:
     cancelled = bool(st.session_state.pop(f"{slot}_cancelled", False))
     if not cancelled and error is None:
         return False
-    if cancelled:
-        _in_view(slot).info(
-            "Cancelled. The model was given back as it was; your input is kept.", icon=":material/stop_circle:"
-        )
-    elif error is not None:
-        number = f" Error id `{md(error.error_id)}`: look for it in the log of the server." if error.error_id else ""
-        _in_view(slot).error(f"**{md(error.what)}** {md(error.next_step)}{number}", icon=":material/error:")
+    with _in_view(f"work_{slot}_over"):
+        if cancelled:
+            st.info("Cancelled. The model was given back as it was; your input is kept.", icon=":material/stop_circle:")
+        elif error is not None:
+            number = (
+                f" Error id `{md(error.error_id)}`: look for it in the log of the server." if error.error_id else ""
+            )
+            st.error(f"**{md(error.what)}** {md(error.next_step)}{number}", icon=":material/error:")
     return True

@@ -311,7 +311,7 @@ def test_a_run_that_reports_stops_at_its_timeout() -> None:
         assert view.state == "failed"
         assert view.error is not None
         assert view.error.code == "timed_out"
-        assert "0.2 seconds" in view.error.what
+        assert "0.2 s " in view.error.what
         assert 0.2 <= view.seconds < 2
         until(lambda: jobs.load() == (0, 0), 1.0)
 
@@ -329,7 +329,7 @@ def test_a_question_may_have_a_limit_of_its_own_or_none() -> None:
         view = jobs.wait(job, 3)
         assert view.error is not None
         assert view.error.code == "timed_out"
-        assert "0.2 seconds" in view.error.what
+        assert "0.2 s " in view.error.what
 
 
 def test_a_run_that_is_silent_is_seen_to_time_out_too() -> None:
