@@ -252,3 +252,15 @@ def test_hooks_are_registered_in_one_file_only() -> None:
         if isinstance(node, ast.Attribute) and node.attr.startswith("register_") and node.attr.endswith("_hook")
     ]  # fmt: skip
     assert set(places) == {"mega_core.models.hooks"}
+
+
+def test_the_first_heading_waits_for_no_model_library():
+    """Start draws its heading with what app.py and its own first lines import; the service comes after it."""
+    before = (ROOT / "pages/start.py").read_text(encoding="utf-8").split("st.title(")[0]
+    assert "frame.enter()" in before
+    names = [line for part in ((ROOT / "app.py").read_text(encoding="utf-8"), before) for line in part.splitlines()]
+    imports = "\n".join(line for line in names if line.startswith(("import ", "from ")))
+    heavy = "[name for name in ('mega_core.service', 'torch', 'pandas', 'sqlalchemy') if name in sys.modules]"
+    code = f"import sys\n{imports}\nprint({heavy})"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

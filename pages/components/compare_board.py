@@ -145,8 +145,8 @@ def _cards(columns: Sequence[Column], *, blind: bool) -> None:
         with row.container(border=True, width=165, gap="small"):
             st.markdown(f"**{md(column.label)}**")
             if column.report is not None:
-                outcome_badge(outcome(column.report).kind)
                 found = outcome(column.report)
+                outcome_badge(found.kind)
                 st.caption(f"New: {percent(found.prob_before)} → {percent(found.prob_after)}".replace(" %", "\u00a0%"))
                 if not blind:
                     _links(column)

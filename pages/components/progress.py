@@ -7,13 +7,13 @@ this person and kind is found again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import streamlit as st
 
 from mega_core.errors import ActionableError
-from mega_core.jobs import JobError, JobView
+from mega_core.jobs import JobError, JobView, StageView
 from pages.components.session import owner, service, told
 from pages.components.text import md, seconds
 
@@ -122,12 +122,7 @@ def _live(slot: str, job_id: str, done: Done, first_time: str) -> None:
     with st.container(border=True):
         st.header(_heading(view), anchor=False)
         st.progress(view.fraction or 0.0)
-        hidden = [stage for stage in view.stages if stage.finished][:-FINISHED_SHOWN]
-        lines = [
-            _line(one.name, one.finished, one.done, one.total, one.seconds) for one in view.stages if one not in hidden
-        ]
-        if hidden:
-            lines.insert(0, f":material/check_circle: {len(hidden)} earlier step{'s' if len(hidden) > 1 else ''}")
+        lines = _lines(view.stages)
         if lines:
             st.markdown("  \n".join(lines))
         else:
@@ -144,6 +139,19 @@ def _heading(view: JobView) -> str:
     if view.eta_seconds is not None:
         parts.append(f"about {seconds(view.eta_seconds)} left")
     return ", ".join(parts)
+
+
+def _lines(stages: Sequence[StageView]) -> list[str]:
+    """What is under way and the last finished stages, each a line; those finished before are counted in one."""
+    earlier = max(0, sum(stage.finished for stage in stages) - FINISHED_SHOWN)
+    lines, skipped = [], 0
+    for stage in stages:
+        if stage.finished and skipped < earlier:
+            skipped += 1
+        else:
+            lines.append(_line(stage.name, stage.finished, stage.done, stage.total, stage.seconds))
+    counted = f":material/check_circle: {earlier} earlier step{'s' if earlier > 1 else ''}"
+    return [counted, *lines] if earlier else lines
 
 
 def _line(name: str, finished: bool, done: int, total: int | None, took: float) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from mega_core.errors import BadInput, Busy
+from mega_core.jobs import StageView
 from tests.ui.conftest import words
 from tests.ui.fake import FAILS, LEAKS, WORKS, failed, running
 
@@ -79,6 +80,25 @@ class TestEdit:
         assert "Running for 1.9 s" in words(at)
         assert "9 of 20" in words(at)
         assert at.button(key="edit_run").disabled
+
+    def test_the_earlier_result_stays_while_another_is_made(self, desk, visit):
+        desk.view = running("e" * 64)
+        at = visit("edit", run=WORKS.digest)
+        at.session_state["edit_job"] = "j" * 32
+        text = words(at.run())
+        assert "Running for 1.9 s" in text
+        assert "Rome is now the most likely answer" in text
+
+    def test_earlier_steps_are_counted(self, desk, visit):
+        steps = tuple(StageView(f"step {number}", 0.1, 1, 1, True) for number in range(6))
+        desk.view = replace(running("e" * 64), stages=(StageView("all", 2.0, 5, 9, False), *steps))
+        at = visit("edit")
+        at.session_state["edit_job"] = "j" * 32
+        text = words(at.run())
+        assert "3 earlier steps" in text
+        assert "All 5 of 9" in text
+        assert "Step 3" in text
+        assert "Step 2" not in text
 
     def test_waiting_shows_the_place_in_the_queue(self, desk, visit):
         desk.view = replace(running("e" * 64), state="queued", ahead=2, stages=(), fraction=None)

@@ -163,3 +163,9 @@ class TestConfig:
 
     def test_no_font_comes_from_elsewhere(self):
         assert "http" not in (ROOT / ".streamlit/config.toml").read_text(encoding="utf-8")
+
+    def test_the_style_sheet_has_the_colours_of_the_theme(self):
+        style = (ROOT / "pages/components/frame.css").read_text(encoding="utf-8")
+        for name in ("primaryColor", "backgroundColor"):
+            both = ", ".join(self.PLAIN["theme"][theme][name] for theme in ("light", "dark"))
+            assert f"light-dark({both})" in style
