@@ -2,8 +2,9 @@
 
 import streamlit as st
 
-from pages.components import frame
+from pages.components import callbacks, frame
 
+callbacks.keep_whole()
 page = frame.navigation()
 st.logo(frame.MARK, size="large")
 st.session_state["framed"] = True

@@ -113,16 +113,18 @@ def _form(sitting: Sitting, shown: tuple[Case, ...], case: Case) -> None:
             st.markdown("**Severity**")
             for severity, words in SEVERITIES.items():
                 _answer(place, "severity", severity, words, said.severity, SEVERITY_KEYS[severity])
+        # A field is filled by its own value, not through the session's state: the state is the server's, and a browser
+        # that drew another case in between may have forgotten it. The field would come back empty.
         note, tags = place.key("note"), place.key("tags")
-        if note not in st.session_state:
-            st.session_state[note] = said.note
-        st.text_area("Note", key=note, height=100, max_chars=MAX_NOTE, on_change=review_desk.take, args=(place, "note"))
-        if tags not in st.session_state:
-            st.session_state[tags] = list(said.tags)
+        st.text_area(
+            "Note", said.note, key=note, height=100, max_chars=MAX_NOTE, on_change=review_desk.take,
+            args=(place, "note", note),
+        )  # fmt: skip
         known = {tag for one in sitting.cases for tag in one.said(sitting.reviewer).tags}
         st.multiselect(
-            "Tags", sorted(known | set(said.tags) | set(st.session_state[tags])), key=tags, accept_new_options=True,
-            max_selections=MAX_TAGS, placeholder="choose or type", on_change=review_desk.take, args=(place, "tags"),
+            "Tags", sorted(known | set(said.tags) | set(st.session_state.get(tags, ()))), said.tags, key=tags,
+            accept_new_options=True, max_selections=MAX_TAGS, placeholder="choose or type", on_change=review_desk.take,
+            args=(place, "tags", tags),
         )  # fmt: skip
         st.button(
             "Save & next", type="primary", icon=":material/done_all:", shortcut="Ctrl+Enter", key="review_save_next",

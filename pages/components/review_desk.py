@@ -50,8 +50,9 @@ class Place:
     digest: str
 
     def key(self, part: str) -> str:
-        """The key of a widget about this place."""
-        return f"review_{part}_{sha256(repr(self).encode()).hexdigest()[:16]}"
+        """The key of a field about this place. After an undo it is another field, with the text it had before."""
+        place = sha256(repr(self).encode()).hexdigest()[:16]
+        return f"review_{part}_{place}_{st.session_state.get('review_undone', 0)}"
 
 
 def sit() -> Sitting:
@@ -136,9 +137,9 @@ def choose(place: Place, part: str, value: str | int) -> None:
     _say(place, **{part: getattr(Opinion(), part) if getattr(said, part) == value else value})
 
 
-def take(place: Place, part: str) -> None:
+def take(place: Place, part: str, key: str) -> None:
     """Say what the case's note or tags field holds."""
-    value = st.session_state.get(place.key(part))
+    value = st.session_state.get(key)
     _say(place, **{part: tuple(value or ()) if part == "tags" else value or ""})
 
 
@@ -155,8 +156,7 @@ def undo(token: str, reviewer: str) -> None:
         st.session_state["review_trouble"] = error
         return
     del stack[mine[-1]]
-    for part in ("note", "tags"):
-        st.session_state.pop(place.key(part), None)  # the field is filled again from what is stored
+    st.session_state["review_undone"] = st.session_state.get("review_undone", 0) + 1
     st.session_state["review_saved"] = (place, _clock())
     go(place.digest)
     st.toast("The last change is undone.", icon=":material/undo:")

@@ -19,6 +19,7 @@ def begin(one) -> None:
     one.press("Add the example runs")
     one.see("Reviewed 0/3")
     one.page.locator(FORM).wait_for()
+    one.settle()  # keys reach a button when it has been drawn
 
 
 def chosen(one, *labels: str) -> None:
@@ -78,6 +79,21 @@ def test_three_cases_without_the_mouse(server, window):
     keys.press("h")
     one.see("undo the last change")
     keys.press("Escape")
+
+
+def test_two_keys_at_once_are_both_kept(server, window):
+    one = window(server)
+    begin(one)
+    keys = one.page.keyboard
+    for _ in range(4):
+        keys.press("f")
+        keys.press("1")
+        chosen(one, "Fails", "Not applied")
+        one.settle()
+        keys.press("f")
+        keys.press("1")
+        chosen(one)
+        one.settle()
 
 
 def test_two_reviewers_of_a_shared_queue(server, window):

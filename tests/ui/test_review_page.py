@@ -137,6 +137,17 @@ class TestReviewing:
         assert said(desk, 0) == Opinion()
         assert at.button(key="review_undo_button").disabled
 
+    def test_a_field_brings_what_is_stored_along(self, review):
+        """A browser that drew another case in between may have forgotten it."""
+        at = review()
+        at.text_area[0].set_value("look at the Louvre").run()
+        at.multiselect[0].set_value(["odd"]).run()
+        at = press(press(at, "Next"), "Previous")
+        note, tags = at.text_area[0].proto, at.multiselect[0].proto
+        assert (note.default, note.set_value) == ("look at the Louvre", False)
+        assert [tags.options[i] for i in tags.default] == ["odd"]
+        assert not tags.set_value
+
     def test_the_ways_between_cases(self, review):
         at = press(review(), "Previous")
         assert at_run(at) == FAILS.digest
