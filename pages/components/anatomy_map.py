@@ -9,7 +9,7 @@ import streamlit as st
 
 from mega_core.evaluation.text import reading
 from mega_core.records import EditRequest, Report
-from pages.components import charts, readings, tables
+from pages.components import charts, frame, readings, tables
 from pages.components.figure import About, figure
 from pages.components.prepared import spec_of, tables_of
 from pages.components.session import told
@@ -99,6 +99,7 @@ def draw(report: Report) -> None:
             st.session_state[pick_key] = place
 
         map_figure(report, candidate, place, chart_key, clicked(chart_key, places, take))
+    frame.head_start(report.digest)
     with right, st.container(border=True):
         detail(report, place, candidate)
     left, right = st.columns([2, 1], gap="medium")

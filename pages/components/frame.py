@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,8 @@ import streamlit as st
 
 MARK = str(Path(__file__).with_name("mark.svg"))
 STYLE = Path(__file__).with_name("frame.css")
+HEAD_START = 0.1
+"""Seconds for the browser to draw what it was sent, before the rest of a page follows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,9 @@ def navigation() -> st.Page:
     chosen = st.navigation(list(pages.values()), position="hidden")
     st.html(STYLE)
     _menu(pages)
+    if st.session_state.get("page_drawn") != chosen.url_path:
+        st.session_state["page_drawn"] = chosen.url_path
+        st.session_state.pop("head_start", None)
     return chosen
 
 
@@ -73,6 +79,17 @@ def _menu(pages: Mapping[str, st.Page]) -> None:
                 for info in PAGES:
                     if info.section == section:
                         st.page_link(pages[info.name], label=info.title, icon=info.icon, width="stretch")
+
+
+def head_start(what: str) -> None:
+    """Let the browser draw what it was sent before the rest of the page follows; once for each visit and `what`.
+
+    A browser draws all it has got in one go, and a picture after everything else: without this, what a person came for
+    shows when the whole page does.
+    """
+    if st.session_state.get("head_start") != what:
+        st.session_state["head_start"] = what
+        time.sleep(HEAD_START)
 
 
 def enter() -> None:

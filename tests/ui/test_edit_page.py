@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from streamlit.testing.v1 import AppTest
 
 from mega_core.errors import BadInput, Busy
 from mega_core.records import MethodRef, Receipt
 from mega_core.service import Held, StackCheck, StackedEdit
-from pages.components import edit_charts
+from pages.components import edit_charts, frame
 from pages.components.edit_strength import reading
-from tests.ui.conftest import words
+from tests.ui.conftest import APP, words
 from tests.ui.fake import EVIL, LEAKS, WORKS, failed, make_report, running
 from tests.ui.fakes.steering import dial
 from tests.ui.test_pages import specs
@@ -127,6 +129,29 @@ class TestStrength:
         assert "(α = 3) 2 of 6 neighbours are lost" in sentence
         weak = replace(whole, curve=whole.curve.assign(p_new=0.01))
         assert reading(weak, STEERED)[0] == "No strength on this dial is enough"
+
+
+class TestHeadStart:
+    def test_the_browser_gets_it_once_for_each_visit_and_run(self, visit, monkeypatch):
+        waits = []
+        monkeypatch.setattr(frame, "time", SimpleNamespace(sleep=waits.append))
+        at = visit("edit", run=WORKS.digest)
+        assert waits == [frame.HEAD_START]
+        at.segmented_control(key="anatomy_candidate").set_value("new").run()
+        assert waits == [frame.HEAD_START]
+        at.query_params["run"] = LEAKS.digest
+        at.run()
+        assert len(waits) == 2
+        assert not at.exception
+
+    @pytest.mark.parametrize(("before", "kept"), [("", True), ("edit", False)])
+    def test_another_page_ends_the_visit(self, desk, before, kept):
+        at = AppTest.from_file(APP, default_timeout=60)
+        at.session_state["page_drawn"], at.session_state["head_start"] = before, WORKS.digest
+        at.run()
+        assert not at.exception
+        assert at.session_state["page_drawn"] == ""  # Start, the first page
+        assert ("head_start" in at.session_state) == kept
 
 
 class TestEvidence:
