@@ -13,6 +13,8 @@ MARK = str(Path(__file__).with_name("mark.svg"))
 STYLE = Path(__file__).with_name("frame.css")
 HEAD_START = 0.1
 """Seconds for the browser to draw what it was sent, before the rest of a page follows."""
+HEAD_START_ENDS = 0.25
+"""Seconds after the beginning of a page: a server that has much to do is no faster than the browser, and won't wait."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,7 @@ def navigation() -> st.Page:
         info.name: st.Page(info.file, title=info.title, icon=info.icon, url_path=info.name, default=info is PAGES[0])
         for info in PAGES
     }
+    st.session_state["page_begun"] = time.monotonic()
     chosen = st.navigation(list(pages.values()), position="hidden")
     st.html(STYLE)
     _menu(pages)
@@ -89,7 +92,8 @@ def head_start(what: str) -> None:
     """
     if st.session_state.get("head_start") != what:
         st.session_state["head_start"] = what
-        time.sleep(HEAD_START)
+        left = st.session_state.get("page_begun", 0.0) + HEAD_START_ENDS - time.monotonic()
+        time.sleep(max(0.0, min(HEAD_START, left)))
 
 
 def enter() -> None:
