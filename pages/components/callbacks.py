@@ -16,7 +16,10 @@ from streamlit.runtime.scriptrunner_utils.script_run_context import RunLocation,
 
 @cache
 def keep_whole() -> None:
-    """Look for messages between callbacks only, in this process. Streamlit offers no public way to ask for it."""
+    """Look for messages between callbacks only, in this process. Streamlit offers no public way to ask for it.
+
+    st.switch_page relies on such a look: in a callback it takes effect after the callback's end.
+    """
     look = ScriptRequests.on_scriptrunner_yield
 
     def look_between(self: ScriptRequests) -> ScriptRequest | None:

@@ -38,6 +38,7 @@ def test_a_callback_is_not_broken_off_by_the_next_message():
     assert at.text[0].value == "done done"
 
 
-def test_messages_of_one_session_are_handled_one_after_another():
+def test_fast_reruns_are_off():
+    """With them the next message has a thread of its own; what it does to keys is seen in tests/e2e/test_review.py."""
     config = tomllib.loads((Path(__file__).resolve().parents[2] / ".streamlit/config.toml").read_text())
     assert config["runner"]["fastReruns"] is False
